@@ -1,0 +1,228 @@
+// Builds a CellList: group atoms by system, wrap them, choose a grid a system, sort atoms into bins.
+// Everything here is float64 and approximate; nothing here decides whether a pair is listed.
+
+#include "cell_list.h"
+
+namespace diffnl {
+
+namespace {
+
+constexpr int64_t kAtomBlock = 4096;  // atoms a parallel block: enough to pay for handing it out
+
+template <typename T>
+bool all_finite(const T* values, int64_t count) {
+  bool finite = true;
+  for (int64_t k = 0; k < count; ++k) finite &= std::isfinite(values[k]);
+  return finite;
+}
+
+}  // namespace
+
+template <typename T>
+CellList<T>::CellList(const SearchInput<T>& in) : systems_(static_cast<size_t>(in.num_systems)) {
+  if (!all_finite(in.positions, 3 * in.num_atoms)) {
+    for (int64_t i = 0; i < in.num_atoms; ++i)
+      if (!all_finite(in.positions + 3 * i, 3)) data_error("positions_not_finite", i);
+  }
+  for (int64_t b = 0; b < in.num_systems; ++b) {
+    if (!all_finite(in.cell + 9 * b, 9)) data_error("cell_not_finite", b);
+    if (!make_search_cell(in.cell + 9 * b, in.pbc + 3 * b, systems_[static_cast<size_t>(b)].cell))
+      data_error("cell_singular", b);
+  }
+  group_by_system(in);
+  wrap(in);
+  choose_grids(in);
+  sort_into_bins(in);
+}
+
+template <typename T>
+void CellList<T>::group_by_system(const SearchInput<T>& in) {
+  if (in.system_idx != nullptr) {
+    for (int64_t i = 0; i < in.num_atoms; ++i) {
+      const int64_t b = in.system_idx[i];
+      if (b < 0 || b >= in.num_systems) data_error("system_idx_out_of_range", b, i);
+      ++systems_[static_cast<size_t>(b)].num_atoms;
+    }
+  } else if (in.num_systems > 0) {
+    systems_[0].num_atoms = in.num_atoms;
+  }
+  int64_t first = 0;
+  for (System& s : systems_) {
+    s.first_atom = first;
+    first += s.num_atoms;
+  }
+  if (in.num_systems <= 1) return;
+  grouped_.resize(static_cast<size_t>(in.num_atoms));
+  system_.resize(static_cast<size_t>(in.num_atoms));
+  std::vector<int64_t> next(systems_.size());
+  for (size_t b = 0; b < systems_.size(); ++b) next[b] = systems_[b].first_atom;
+  for (int64_t i = 0; i < in.num_atoms; ++i) {
+    const int64_t b = in.system_idx == nullptr ? 0 : in.system_idx[i];
+    const size_t g = static_cast<size_t>(next[static_cast<size_t>(b)]++);
+    grouped_[g] = i;
+    system_[g] = static_cast<int32_t>(b);
+  }
+}
+
+// r = (q + W) @ h with q in [0, 1) on periodic axes. Wrapped twice: far from the cell the first W is off by
+// the rounding of q, and the remainder shows by how much.
+template <typename T>
+void CellList<T>::wrap(const SearchInput<T>& in) {
+  q_.resize(static_cast<size_t>(in.num_atoms));
+  w_.resize(static_cast<size_t>(in.num_atoms));
+  parallel_blocks(in.num_atoms, kAtomBlock, [&](int64_t first, int64_t last) {
+    for (int64_t g = first; g < last; ++g) {
+      const SearchCell& cell = system(system_at(g)).cell;
+      const T* p = in.positions + 3 * atom_at(g);
+      const Vec3<double> r{static_cast<double>(p[0]), static_cast<double>(p[1]), static_cast<double>(p[2])};
+      double w[3] = {0.0, 0.0, 0.0};
+      Vec3<double> q = fractional(cell, r);
+      for (int pass = 0; pass < 2; ++pass) {
+        const double coordinate[3] = {q.x, q.y, q.z};
+        bool moved = false;
+        for (int k = 0; k < 3; ++k) {
+          if (!cell.periodic[k]) continue;
+          const double whole = std::floor(coordinate[k]);
+          w[k] += whole;
+          moved |= whole != 0.0;
+        }
+        if (!moved) break;
+        q = fractional(cell, {r.x - cell_translation(w[0], w[1], w[2], cell.h, 0),
+                              r.y - cell_translation(w[0], w[1], w[2], cell.h, 1),
+                              r.z - cell_translation(w[0], w[1], w[2], cell.h, 2)});
+      }
+      q_[static_cast<size_t>(g)] = q;
+      w_[static_cast<size_t>(g)] = {w[0], w[1], w[2]};
+    }
+  });
+}
+
+template <typename T>
+void CellList<T>::choose_grids(const SearchInput<T>& in) {
+  int64_t table = 0;
+  for (size_t b = 0; b < systems_.size(); ++b) {
+    System& s = systems_[b];
+    if (s.num_atoms == 0) continue;
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    double q_low[3] = {inf, inf, inf}, q_high[3] = {-inf, -inf, -inf};
+    double w_low[3] = {inf, inf, inf}, w_high[3] = {-inf, -inf, -inf};
+    T largest = 0;
+    for (int64_t g = s.first_atom; g < s.first_atom + s.num_atoms; ++g) {
+      const Vec3<double>&q = q_[static_cast<size_t>(g)], &w = w_[static_cast<size_t>(g)];
+      const double qk[3] = {q.x, q.y, q.z}, wk[3] = {w.x, w.y, w.z};
+      const T* r = in.positions + 3 * atom_at(g);
+      for (int k = 0; k < 3; ++k) {
+        q_low[k] = std::min(q_low[k], qk[k]);
+        q_high[k] = std::max(q_high[k], qk[k]);
+        w_low[k] = std::min(w_low[k], wk[k]);
+        w_high[k] = std::max(w_high[k], wk[k]);
+        largest = std::max(largest, std::abs(r[k]));
+      }
+    }
+
+    double wrap_range[3], extent = 0.0;
+    for (int k = 0; k < 3; ++k) {
+      s.lowest_wrap[k] = w_low[k];
+      wrap_range[k] = w_high[k] - w_low[k];
+      extent += s.cell.periodic[k] ? s.cell.length[k] : q_high[k] - q_low[k];
+    }
+    const Reach reach =
+        make_reach<T>(s.cell, in.cutoff, wrap_range, extent, static_cast<double>(largest));
+    if (reach.shift_overflows) data_error("shift_overflows", static_cast<int64_t>(b));
+    if (reach.images_blur) data_error("images_blur", static_cast<int64_t>(b));
+    s.radius = in.cutoff + reach.rounding;
+
+    double num_bins = 1.0, diagonal = 0.0;
+    for (int k = 0; k < 3; ++k) {
+      const double span = s.cell.periodic[k] ? 1.0 : q_high[k] - q_low[k];
+      s.axis[k] = choose_bins(span * s.cell.height[k], s.radius, s.cell.periodic[k]);
+      s.origin[k] = s.cell.periodic[k] ? 0.0 : q_low[k];
+      s.bins_per_unit[k] = span > 0.0 ? static_cast<double>(s.axis[k].bins) / span : 1.0;
+      num_bins *= static_cast<double>(s.axis[k].bins);
+      diagonal += norm(s.cell.h + 3 * k) / s.bins_per_unit[k];
+    }
+    s.bin_diagonal = diagonal;
+    if (num_bins <= 4.0 * static_cast<double>(s.num_atoms) + 64.0) {
+      s.table = table;
+      table += static_cast<int64_t>(num_bins) + 1;
+    }
+  }
+  starts_.assign(static_cast<size_t>(table), 0);
+}
+
+template <typename T>
+void CellList<T>::sort_into_bins(const SearchInput<T>& in) {
+  const size_t n = static_cast<size_t>(in.num_atoms);
+  std::vector<int64_t> key(n), order(n);
+  parallel_blocks(in.num_atoms, kAtomBlock, [&](int64_t first, int64_t last) {
+    for (int64_t g = first; g < last; ++g) {
+      const System& s = system(system_at(g));
+      const Vec3<double>& q = q_[static_cast<size_t>(g)];
+      const double coordinate[3] = {q.x, q.y, q.z};
+      int64_t bin[3];
+      for (int k = 0; k < 3; ++k) {
+        const double position = (coordinate[k] - s.origin[k]) * s.bins_per_unit[k];
+        bin[k] = static_cast<int64_t>(
+            std::min(std::max(position, 0.0), static_cast<double>(s.axis[k].bins - 1)));
+      }
+      key[static_cast<size_t>(g)] = (bin[0] * s.axis[1].bins + bin[1]) * s.axis[2].bins + bin[2];
+    }
+  });
+
+  // order[a] = the grouped number of the a-th sorted atom: by system, bin, and number.
+  for (const System& s : systems_) {
+    const int64_t end = s.first_atom + s.num_atoms;
+    if (s.num_atoms == 0) continue;
+    if (s.table < 0) {
+      for (int64_t g = s.first_atom; g < end; ++g) order[static_cast<size_t>(g)] = g;
+      std::sort(order.begin() + s.first_atom, order.begin() + end, [&](int64_t g, int64_t other) {
+        const int64_t a = key[static_cast<size_t>(g)], c = key[static_cast<size_t>(other)];
+        return a != c ? a < c : g < other;
+      });
+      continue;
+    }
+    // Counting sort: the table counts the atoms of each bin, then becomes the first atom of each.
+    int64_t* starts = starts_.data() + s.table;
+    const int64_t num_bins = s.axis[0].bins * s.axis[1].bins * s.axis[2].bins;
+    for (int64_t g = s.first_atom; g < end; ++g) ++starts[key[static_cast<size_t>(g)]];
+    int64_t sum = s.first_atom;
+    for (int64_t k = 0; k <= num_bins; ++k) {
+      const int64_t count = k < num_bins ? starts[k] : 0;
+      starts[k] = sum;
+      sum += count;
+    }
+    std::vector<int64_t> next(starts, starts + num_bins);
+    for (int64_t g = s.first_atom; g < end; ++g)
+      order[static_cast<size_t>(next[static_cast<size_t>(key[static_cast<size_t>(g)])]++)] = g;
+  }
+
+  for (int k = 0; k < 3; ++k) {
+    atoms_.r[k].resize(n);
+    atoms_.w[k].resize(n);
+  }
+  atoms_.index.resize(n);
+  atoms_.key.resize(n);
+  atoms_.system.resize(n);
+  parallel_blocks(in.num_atoms, kAtomBlock, [&](int64_t first, int64_t last) {
+    for (int64_t a = first; a < last; ++a) {
+      const size_t to = static_cast<size_t>(a), from = static_cast<size_t>(order[to]);
+      const int64_t i = atom_at(static_cast<int64_t>(from));
+      const Vec3<double>& w = w_[from];
+      for (int k = 0; k < 3; ++k) atoms_.r[k][to] = in.positions[3 * i + k];
+      const double* lowest = system(system_at(static_cast<int64_t>(from))).lowest_wrap;
+      atoms_.w[0][to] = static_cast<T>(w.x - lowest[0]);
+      atoms_.w[1][to] = static_cast<T>(w.y - lowest[1]);
+      atoms_.w[2][to] = static_cast<T>(w.z - lowest[2]);
+      atoms_.index[to] = i;
+      atoms_.key[to] = key[from];
+      atoms_.system[to] = system_at(static_cast<int64_t>(from));
+    }
+  });
+  q_ = {};
+  w_ = {};
+}
+
+template class CellList<float>;
+template class CellList<double>;
+
+}  // namespace diffnl

@@ -1,0 +1,16 @@
+// Errors that only the data can reveal. C++ names the fault and its numbers; diffnl/_validate.py knows the
+// words for it. The text stays readable for programs that have no Python around them.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace diffnl {
+
+// `code` is a key of diffnl._validate.DATA_ERRORS; `a` and `b` are the numbers its message needs.
+[[noreturn]] inline void data_error(const char* code, int64_t a = 0, int64_t b = 0) {
+  throw std::runtime_error(std::string("diffnl: ") + code + " " + std::to_string(a) + " " + std::to_string(b));
+}
+
+}  // namespace diffnl

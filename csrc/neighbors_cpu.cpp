@@ -1,0 +1,337 @@
+// The search: walk the candidates of every bin, test them with the exact arithmetic, count, then fill.
+//
+// One traversal, two sinks. Candidates of a bin are copied into a tile (structure of arrays, small enough
+// for the first-level cache) and tested against each atom of the bin, so the inner loops are straight-line
+// code over contiguous arrays that the compiler turns into vector instructions. Rows are written where an
+// exclusive scan of the counts puts them: their order does not depend on bins or threads.
+
+#include "neighbors_cpu.h"
+
+#include <unistd.h>
+
+#include <array>
+#include <numeric>
+
+// The inner loops again for wider vector units, chosen when the library is loaded. Not for sanitizers: they
+// would instrument the chooser, which runs before they are set up.
+#if defined(__x86_64__) && defined(__linux__) && !defined(DIFFNL_SANITIZE)
+#define DIFFNL_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define DIFFNL_VECTOR_CLONES
+#endif
+
+namespace diffnl {
+
+namespace {
+
+constexpr int kTileSize = 512;
+
+// Candidates around one bin. S = s + W_i for the atom i at hand; t = S @ h is kept for the last W_i, which
+// nearly always is that of the next atom too.
+template <typename T>
+struct Tile {
+  int size = 0;
+  std::array<T, kTileSize> x, y, z;           // positions as given
+  std::array<T, kTileSize> s0, s1, s2;        // m - W_j
+  std::array<T, kTileSize> tx, ty, tz;        // t for W_i = (w0, w1, w2)
+  std::array<T, kTileSize> vx, vy, vz, d2;    // of the atom tested last
+  std::array<int64_t, kTileSize> j;           // the caller's number of the candidate
+  T w0 = 0, w1 = 0, w2 = 0;
+  // Where the bin's own atoms stand with S = 0: sorted atom a is entry a - home_shift.
+  int64_t home_first = 0, home_last = 0, home_shift = 0;
+};
+
+template <typename T>
+[[gnu::always_inline]] inline void translate_loop(Tile<T>& t, const T* h) {
+  for (int c = 0; c < t.size; ++c) {
+    const T s0 = t.s0[c] + t.w0, s1 = t.s1[c] + t.w1, s2 = t.s2[c] + t.w2;
+    t.tx[c] = cell_translation(s0, s1, s2, h, 0);
+    t.ty[c] = cell_translation(s0, s1, s2, h, 1);
+    t.tz[c] = cell_translation(s0, s1, s2, h, 2);
+  }
+}
+
+template <typename T>
+[[gnu::always_inline]] inline int count_loop(const Tile<T>& t, Vec3<T> ri, T cutoff2) {
+  int count = 0;
+  for (int c = 0; c < t.size; ++c) {
+    const Vec3<T> v = pair_vector<T>(ri, {t.x[c], t.y[c], t.z[c]}, {t.tx[c], t.ty[c], t.tz[c]});
+    count += squared_length(v) < cutoff2 ? 1 : 0;
+  }
+  return count;
+}
+
+template <typename T>
+[[gnu::always_inline]] inline void vector_loop(Tile<T>& t, Vec3<T> ri) {
+  for (int c = 0; c < t.size; ++c) {
+    const Vec3<T> v = pair_vector<T>(ri, {t.x[c], t.y[c], t.z[c]}, {t.tx[c], t.ty[c], t.tz[c]});
+    t.vx[c] = v.x;
+    t.vy[c] = v.y;
+    t.vz[c] = v.z;
+    t.d2[c] = squared_length(v);
+  }
+}
+
+DIFFNL_VECTOR_CLONES void translate(Tile<float>& t, const float* h) { translate_loop(t, h); }
+DIFFNL_VECTOR_CLONES void translate(Tile<double>& t, const double* h) { translate_loop(t, h); }
+DIFFNL_VECTOR_CLONES int count_within(const Tile<float>& t, Vec3<float> r, float c2) {
+  return count_loop(t, r, c2);
+}
+DIFFNL_VECTOR_CLONES int count_within(const Tile<double>& t, Vec3<double> r, double c2) {
+  return count_loop(t, r, c2);
+}
+DIFFNL_VECTOR_CLONES void compute_vectors(Tile<float>& t, Vec3<float> r) { vector_loop(t, r); }
+DIFFNL_VECTOR_CLONES void compute_vectors(Tile<double>& t, Vec3<double> r) { vector_loop(t, r); }
+
+// Stops a count that has already found more pairs than the machine's memory could hold: a cutoff given in
+// the wrong unit would otherwise count for hours before it fails.
+class Budget {
+ public:
+  explicit Budget(int64_t pairs) : left_(pairs) {}
+  bool exhausted() const { return left_.load(std::memory_order_relaxed) < 0; }
+  void spend(int64_t pairs) { left_.fetch_sub(pairs, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<int64_t> left_;
+};
+
+template <typename T>
+int64_t pairs_in_memory() {
+  const int64_t bytes = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
+  return bytes / static_cast<int64_t>(2 * sizeof(int64_t) + 3 * sizeof(int32_t) + 3 * sizeof(T));
+}
+
+// What the traversal and both sinks share.
+template <typename T>
+struct Search {
+  const SearchInput<T>& in;
+  const CellList<T>& list;
+  T cutoff2;
+
+  Vec3<T> position(int64_t a) const {
+    const auto& r = list.atoms().r;
+    const size_t at = static_cast<size_t>(a);
+    return {r[0][at], r[1][at], r[2][at]};
+  }
+
+  // The half list's rule: i < j, or i = j and S lexicographically positive.
+  static bool in_half(int64_t i, int64_t j, T s0, T s1, T s2) {
+    if (i != j) return i < j;
+    if (s0 != 0) return s0 > 0;
+    if (s1 != 0) return s1 > 0;
+    return s2 > 0;
+  }
+
+  // Entries of the tile that are neighbours of sorted atom a, after compute_vectors. Returns how many.
+  int select(Tile<T>& tile, int64_t a, std::array<int32_t, kTileSize>& chosen) const {
+    if (tile.home_first <= a && a < tile.home_last)  // (i, i, S = 0) is not a pair
+      tile.d2[static_cast<size_t>(a - tile.home_shift)] = std::numeric_limits<T>::infinity();
+    int count = 0;
+    for (int c = 0; c < tile.size; ++c) {
+      chosen[static_cast<size_t>(count)] = c;
+      count += tile.d2[static_cast<size_t>(c)] < cutoff2 ? 1 : 0;
+    }
+    if (in.full) return count;
+    const int64_t i = list.atoms().index[static_cast<size_t>(a)];
+    int kept = 0;
+    for (int n = 0; n < count; ++n) {
+      const size_t c = static_cast<size_t>(chosen[static_cast<size_t>(n)]);
+      chosen[static_cast<size_t>(kept)] = static_cast<int32_t>(c);
+      kept += in_half(i, tile.j[c], tile.s0[c] + tile.w0, tile.s1[c] + tile.w1, tile.s2[c] + tile.w2);
+    }
+    return kept;
+  }
+};
+
+template <typename T>
+struct CountSink {
+  const Search<T>& search;
+  int64_t* counts;                    // (N,), by the caller's number of the atom
+  std::array<int32_t, kTileSize> chosen;
+
+  int take(Tile<T>& tile, int64_t a) {
+    int count;
+    if (search.in.full) {
+      count = count_within(tile, search.position(a), search.cutoff2);
+      if (tile.home_first <= a && a < tile.home_last) --count;  // (i, i, S = 0), at distance 0
+    } else {
+      compute_vectors(tile, search.position(a));
+      count = search.select(tile, a, chosen);
+    }
+    counts[search.list.atoms().index[static_cast<size_t>(a)]] += count;
+    return count;
+  }
+
+  void finish(int64_t, int64_t) {}
+};
+
+template <typename T>
+struct FillSink {
+  const Search<T>& search;
+  PairOutput<T> out;
+  int64_t num_pairs;
+  const int64_t* offsets;  // (N + 1,): row i is pairs offsets[i] .. offsets[i + 1]
+  int64_t* next;           // (N,): where the row continues
+  std::array<int32_t, kTileSize> chosen;
+
+  int take(Tile<T>& tile, int64_t a) {
+    compute_vectors(tile, search.position(a));
+    const int count = search.select(tile, a, chosen);
+    const int64_t i = search.list.atoms().index[static_cast<size_t>(a)];
+    const int64_t first = next[i];
+    next[i] += count;
+    int64_t* mapping_i = out.mapping + first;
+    int64_t* mapping_j = out.mapping + num_pairs + first;
+    int32_t* shifts = out.shifts + 3 * first;
+    T* vectors = out.vectors + 3 * first;
+    for (int n = 0; n < count; ++n) {
+      const size_t c = static_cast<size_t>(chosen[static_cast<size_t>(n)]);
+      mapping_i[n] = i;
+      mapping_j[n] = tile.j[c];
+      shifts[3 * n] = static_cast<int32_t>(tile.s0[c] + tile.w0);
+      shifts[3 * n + 1] = static_cast<int32_t>(tile.s1[c] + tile.w1);
+      shifts[3 * n + 2] = static_cast<int32_t>(tile.s2[c] + tile.w2);
+      vectors[3 * n] = tile.vx[c];
+      vectors[3 * n + 1] = tile.vy[c];
+      vectors[3 * n + 2] = tile.vz[c];
+    }
+    return count;
+  }
+
+  // The rows of sorted atoms first .. last are complete: put them in order of (j, S).
+  void finish(int64_t first, int64_t last) {
+    if (!search.in.sorted) return;
+    struct Entry {
+      int64_t j;
+      std::array<int32_t, 3> shift;
+      std::array<T, 3> vector;
+    };
+    std::vector<Entry> row;
+    for (int64_t a = first; a < last; ++a) {
+      const int64_t i = search.list.atoms().index[static_cast<size_t>(a)];
+      row.clear();
+      for (int64_t p = offsets[i]; p < offsets[i + 1]; ++p) {
+        const int32_t* s = out.shifts + 3 * p;
+        const T* v = out.vectors + 3 * p;
+        row.push_back({out.mapping[num_pairs + p], {s[0], s[1], s[2]}, {v[0], v[1], v[2]}});
+      }
+      std::sort(row.begin(), row.end(), [](const Entry& one, const Entry& other) {
+        return one.j != other.j ? one.j < other.j : one.shift < other.shift;
+      });
+      for (size_t n = 0; n < row.size(); ++n) {
+        const int64_t p = offsets[i] + static_cast<int64_t>(n);
+        out.mapping[num_pairs + p] = row[n].j;
+        std::copy_n(row[n].shift.begin(), 3, out.shifts + 3 * p);
+        std::copy_n(row[n].vector.begin(), 3, out.vectors + 3 * p);
+      }
+    }
+  }
+};
+
+// All candidates of the atoms first .. last, which share a bin, tile by tile into the sink.
+template <typename T, typename Sink>
+void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>& tile, Sink& sink,
+                  Budget& budget) {
+  const SortedAtoms<T>& atoms = search.list.atoms();
+  const int64_t b = atoms.system[static_cast<size_t>(first)];
+  const T* h = search.in.cell + 9 * b;
+
+  const auto flush = [&] {
+    bool has_t = false;
+    int64_t found = 0;
+    for (int64_t a = first; a < last; ++a) {
+      const size_t at = static_cast<size_t>(a);
+      const T w0 = atoms.w[0][at], w1 = atoms.w[1][at], w2 = atoms.w[2][at];
+      if (!has_t || w0 != tile.w0 || w1 != tile.w1 || w2 != tile.w2) {
+        has_t = true;
+        tile.w0 = w0;
+        tile.w1 = w1;
+        tile.w2 = w2;
+        translate(tile, h);
+      }
+      found += sink.take(tile, a);
+    }
+    budget.spend(found);
+    tile.size = 0;
+    tile.home_first = tile.home_last = 0;
+  };
+
+  const auto visit = [&](int64_t begin, int64_t end, const int64_t* m) {
+    const bool home_image = m[0] == 0 && m[1] == 0 && m[2] == 0;
+    const T m0 = static_cast<T>(m[0]), m1 = static_cast<T>(m[1]), m2 = static_cast<T>(m[2]);
+    while (begin < end) {
+      const int64_t taken = std::min<int64_t>(end - begin, kTileSize - tile.size);
+      if (home_image && begin < last && first < begin + taken) {
+        tile.home_first = begin;
+        tile.home_last = begin + taken;
+        tile.home_shift = begin - tile.size;
+      }
+      const size_t from = static_cast<size_t>(begin), count = static_cast<size_t>(taken);
+      const size_t to = static_cast<size_t>(tile.size);
+      for (size_t n = 0; n < count; ++n) {
+        tile.x[to + n] = atoms.r[0][from + n];
+        tile.y[to + n] = atoms.r[1][from + n];
+        tile.z[to + n] = atoms.r[2][from + n];
+        tile.s0[to + n] = m0 - atoms.w[0][from + n];
+        tile.s1[to + n] = m1 - atoms.w[1][from + n];
+        tile.s2[to + n] = m2 - atoms.w[2][from + n];
+        tile.j[to + n] = atoms.index[from + n];
+      }
+      tile.size += static_cast<int>(taken);
+      begin += taken;
+      if (tile.size == kTileSize) flush();
+    }
+    return !budget.exhausted();
+  };
+  search.list.for_each_run(b, atoms.key[static_cast<size_t>(first)], visit);
+  if (tile.size > 0) flush();
+  sink.finish(first, last);
+}
+
+// Hands every atom's candidates to the sinks: `make_sink()` makes one for each block of sorted atoms.
+template <typename T, typename MakeSink>
+void traverse(const Search<T>& search, Budget& budget, const MakeSink& make_sink) {
+  const int64_t n = search.in.num_atoms;
+  const int64_t block = std::clamp<int64_t>(n / (8 * int64_t(torch::stable::get_num_threads())), 16, 512);
+  parallel_blocks(n, block, [&](int64_t begin, int64_t end) {
+    const SortedAtoms<T>& atoms = search.list.atoms();
+    auto sink = make_sink();
+    Tile<T> tile;
+    for (int64_t first = begin, last; first < end && !budget.exhausted(); first = last) {
+      const size_t at = static_cast<size_t>(first);
+      for (last = first + 1; last < end; ++last) {
+        const size_t next = static_cast<size_t>(last);
+        if (atoms.key[next] != atoms.key[at] || atoms.system[next] != atoms.system[at]) break;
+      }
+      traverse_bin(search, first, last, tile, sink, budget);
+    }
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void search_cpu(const SearchInput<T>& in, const std::function<PairOutput<T>(int64_t)>& allocate) {
+  const CellList<T> list(in);
+  const Search<T> search{in, list, static_cast<T>(in.cutoff * in.cutoff)};
+
+  const size_t n = static_cast<size_t>(in.num_atoms);
+  std::vector<int64_t> counts(n, 0), offsets(n + 1, 0);
+  Budget memory(pairs_in_memory<T>());
+  traverse(search, memory, [&] { return CountSink<T>{search, counts.data(), {}}; });
+  for (size_t i = 0; i < n; ++i) offsets[i + 1] = offsets[i] + counts[i];
+  const int64_t num_pairs = offsets[n];
+  if (memory.exhausted()) data_error("out_of_memory", num_pairs);
+
+  const PairOutput<T> out = allocate(num_pairs);
+  std::copy_n(offsets.begin(), n, counts.begin());  // from here on: where each row continues
+  Budget unlimited(std::numeric_limits<int64_t>::max());
+  traverse(search, unlimited, [&] {
+    return FillSink<T>{search, out, num_pairs, offsets.data(), counts.data(), {}};
+  });
+}
+
+template void search_cpu(const SearchInput<float>&, const std::function<PairOutput<float>(int64_t)>&);
+template void search_cpu(const SearchInput<double>&, const std::function<PairOutput<double>(int64_t)>&);
+
+}  // namespace diffnl

@@ -1,0 +1,40 @@
+// The CPU backend's entry points, on raw pointers.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "cell_list.h"
+
+namespace diffnl {
+
+template <typename T>
+struct PairOutput {
+  int64_t* mapping;  // (2, P): i in row 0, j in row 1
+  int32_t* shifts;   // (P, 3)
+  T* vectors;        // (P, 3)
+};
+
+// Finds all pairs. `allocate(P)` is called once, from the calling thread, when their number is known.
+template <typename T>
+void search_cpu(const SearchInput<T>& in, const std::function<PairOutput<T>(int64_t)>& allocate);
+
+// A list that exists: which atoms, through which image, in which system.
+struct PairList {
+  const int64_t* mapping;     // (2, P)
+  const int32_t* shifts;      // (P, 3); null where no cell takes part
+  const int64_t* system_idx;  // (N,); null where no cell takes part or all atoms belong to system 0
+  int64_t num_pairs;          // P
+  int64_t num_atoms;          // N
+  int64_t num_systems;        // B
+};
+
+// `cell` (B, 3, 3) may be null: then t = 0.
+template <typename T>
+void pair_vectors_cpu(const PairList& list, const T* positions, const T* cell, T* vectors);
+
+// grad_positions (N, 3) and grad_cell (B, 3, 3) are overwritten; either may be null.
+template <typename T>
+void pair_vectors_adjoint_cpu(const PairList& list, const T* grad, T* grad_positions, T* grad_cell);
+
+}  // namespace diffnl

@@ -1,0 +1,248 @@
+"""Checks of arguments, one small function each, and every message a user can meet.
+
+Each message names the argument in backticks, says what it must be, and what it got. What only the data can
+tell (finite, in range, singular) is found by the search itself; `raise_data_error` gives it words.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}")
+    return value
+
+
+def cutoff(value: float) -> float:
+    """A finite length > 0, as a Python float."""
+    if isinstance(value, bool | str | bytes):
+        raise TypeError(f"`cutoff` must be a number; got {value!r} of type {type(value).__name__}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`cutoff` must be a number; got {type(value).__name__}") from error
+    if not math.isfinite(number) or number <= 0.0:
+        raise ValueError(f"`cutoff` must be finite and > 0; got {number}")
+    return number
+
+
+def positions(value: Tensor) -> Tensor:
+    """(N, 3), float32 or float64."""
+    t = _tensor("positions", value)
+    if t.dtype not in FLOATS:
+        raise TypeError(f"`positions` must be float32 or float64; got {t.dtype}")
+    if t.ndim != 2 or t.shape[1] != 3:
+        raise ValueError(f"`positions` must have shape (N, 3); got {_shape(t)}")
+    return t
+
+
+def cell(value: Tensor, like: Tensor) -> Tensor:
+    """(3, 3) or (B, 3, 3), dtype and device of `positions`; returned as (B, 3, 3)."""
+    t = _tensor("cell", value)
+    if t.dtype != like.dtype:
+        raise TypeError(f"`cell` must have the dtype of `positions`, {like.dtype}; got {t.dtype}")
+    if t.ndim not in (2, 3) or t.shape[-2:] != (3, 3):
+        raise ValueError(f"`cell` must have shape (3, 3) or (B, 3, 3); got {_shape(t)}")
+    same_device("cell", t, like)
+    return t if t.ndim == 3 else t.unsqueeze(0)
+
+
+def same_device(name: str, t: Tensor, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(f"`{name}` must be on the device of `positions`, {like.device}; got {t.device}")
+
+
+def pbc(value: bool | Sequence[bool] | Tensor | None, like: Tensor) -> Tensor:
+    """Three flags, or (B, 3); returned as a bool tensor (3,) or (B, 3) on the device of `positions`."""
+    if value is None:
+        return torch.zeros(3, dtype=torch.bool, device=like.device)
+    if isinstance(value, Tensor):
+        if value.dtype != torch.bool:
+            raise TypeError(f"`pbc` must be a bool tensor; got {value.dtype}")
+        same_device("pbc", value, like)
+        if value.ndim == 0:
+            return value.expand(3)
+        if value.ndim > 2 or value.shape[-1] != 3:
+            raise ValueError(f"`pbc` must have shape (3,) or (B, 3); got {_shape(value)}")
+        return value
+    if isinstance(value, Sequence) or (hasattr(value, "__array__") and getattr(value, "ndim", 0) > 0):
+        flags = list(value)
+        if len(flags) != 3:
+            raise ValueError(f"`pbc` must be one flag or three; got {len(flags)} of them")
+    else:
+        flags = [value] * 3
+    if any(str(getattr(flag, "dtype", type(flag).__name__)) != "bool" for flag in flags):
+        raise TypeError(f"`pbc` must be a bool, three bools or a bool tensor; got {value!r}")
+    return torch.tensor([bool(flag) for flag in flags], device=like.device)
+
+
+def system_idx(value: Tensor | None, like: Tensor) -> Tensor | None:
+    """(N,), any integer dtype; returned as int64."""
+    if value is None:
+        return None
+    t = _tensor("system_idx", value)
+    if t.dtype not in INTEGERS:
+        raise TypeError(f"`system_idx` must have an integer dtype; got {t.dtype}")
+    if t.ndim != 1 or t.shape[0] != like.shape[0]:
+        raise ValueError(f"`system_idx` must have shape (N,) = ({like.shape[0]},); got {_shape(t)}")
+    same_device("system_idx", t, like)
+    return t.to(torch.int64)
+
+
+def systems(
+    cell: Tensor | None, pbc: Tensor, system_idx: Tensor | None, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Settles the number of systems B; returns `cell` (B, 3, 3) and `pbc` (B, 3).
+
+    B is the number of cells. Without a cell it is the number of rows of a (B, 3) `pbc`, or one more than the
+    largest `system_idx`, or 1.
+    """
+    if cell is None:
+        if bool(pbc.any()):
+            raise ValueError("`cell` must be given where `pbc` is true; got None")
+        if pbc.ndim == 2:
+            num_systems = pbc.shape[0]
+        elif system_idx is not None and system_idx.numel() > 0:
+            num_systems = max(int(system_idx.max()) + 1, 1)
+        else:
+            num_systems = 1
+        cell = positions.new_zeros((num_systems, 3, 3))
+    num_systems = cell.shape[0]
+    if pbc.ndim == 2 and pbc.shape[0] != num_systems:
+        raise ValueError(
+            f"`pbc` must have shape (3,) or (B, 3) with B = {num_systems}, the number of cells; got {_shape(pbc)}"
+        )
+    if num_systems == 0 and positions.shape[0] > 0:
+        raise ValueError(f"`cell` must hold at least one cell for {positions.shape[0]} atoms; got {_shape(cell)}")
+    if num_systems > 1 and system_idx is None:
+        raise ValueError(
+            f"`system_idx` must be given, of shape ({positions.shape[0]},), for {num_systems} cells; got None"
+        )
+    return cell, pbc if pbc.ndim == 2 else pbc.expand(num_systems, 3)
+
+
+def mapping(value: Tensor, like: Tensor) -> Tensor:
+    """(2, P), any integer dtype; returned as int64."""
+    t = _tensor("mapping", value)
+    if t.dtype not in INTEGERS:
+        raise TypeError(f"`mapping` must have an integer dtype; got {t.dtype}")
+    if t.ndim != 2 or t.shape[0] != 2:
+        raise ValueError(f"`mapping` must have shape (2, P); got {_shape(t)}")
+    same_device("mapping", t, like)
+    return t.to(torch.int64)
+
+
+def shifts(value: Tensor, mapping: Tensor) -> Tensor:
+    """(P, 3), any integer dtype with values that fit int32; returned as int32."""
+    t = _tensor("shifts", value)
+    if t.dtype not in INTEGERS:
+        raise TypeError(f"`shifts` must have an integer dtype; got {t.dtype}")
+    if t.ndim != 2 or t.shape != (mapping.shape[1], 3):
+        raise ValueError(f"`shifts` must have shape (P, 3) = ({mapping.shape[1]}, 3); got {_shape(t)}")
+    same_device("shifts", t, mapping)
+    if t.dtype == torch.int64 and t.numel() > 0:
+        largest = int(t.abs().max())
+        if largest > torch.iinfo(torch.int32).max or largest < 0:
+            raise ValueError(f"`shifts` must fit int32; got a value of magnitude {abs(largest)}")
+    return t.to(torch.int32)
+
+
+def strain(value: Tensor, cell: Tensor) -> Tensor:
+    """Shape, dtype and device of `cell`."""
+    t = _tensor("strain", value)
+    if t.dtype != cell.dtype:
+        raise TypeError(f"`strain` must have the dtype of `cell`, {cell.dtype}; got {t.dtype}")
+    if t.shape != cell.shape:
+        raise ValueError(f"`strain` must have the shape of `cell`, {_shape(cell)}; got {_shape(t)}")
+    same_device("strain", t, cell)
+    return t
+
+
+def energy(value: Tensor, num_systems: int) -> Tensor:
+    """() or (B,), with a graph behind it."""
+    t = _tensor("energy", value)
+    if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != num_systems):
+        raise ValueError(f"`energy` must have shape () or (B,) = ({num_systems},); got {_shape(t)}")
+    if not t.requires_grad:
+        raise ValueError(
+            "`energy` must be computed from `positions` and `cell` with gradients enabled; got a tensor "
+            "without a graph"
+        )
+    return t
+
+
+def requires_grad(name: str, t: Tensor) -> Tensor:
+    if not t.requires_grad:
+        raise ValueError(
+            f"`{name}` must require a gradient; got requires_grad=False: call {name}.requires_grad_() before "
+            "the energy is computed"
+        )
+    return t
+
+
+# ------------------------------------------------------------------------------ faults of the data
+
+DATA_ERRORS = {
+    "positions_not_finite": "`positions` must be finite; got {row} for atom {a}",
+    "cell_not_finite": "`cell` must be finite; got {row} for system {a}",
+    "cell_singular": (
+        "`cell` must have linearly independent vectors on its periodic axes; got {row} for system {a}"
+    ),
+    "system_idx_out_of_range": "`system_idx` must be in [0, {systems}); got {a} for atom {b}",
+    "shift_overflows": (
+        "`positions` must lie within 2**31 cells of each other, so that `shifts` fit int32; got atoms further "
+        "apart, or a `cutoff` that long, in system {a}"
+    ),
+    "images_blur": (
+        "`positions` must lie near enough to each other that {dtype} can tell periodic images apart; got atoms "
+        "(or a `cutoff`) so many cells apart in system {a} that rounding is of the order of the distance "
+        "between images: wrap the positions into the cell, or use float64"
+    ),
+    "mapping_out_of_range": "`mapping` must hold atom numbers in [0, {atoms}); got {a} in pair {b}",
+}
+
+
+def data_error(code: str, positions: Tensor, cell: Tensor | None, a: int, b: int = 0) -> ValueError:
+    """The ValueError for a fault `code` found in the data; `a` and `b` are the numbers in its message."""
+    source = {"positions_not_finite": positions, "cell_not_finite": cell, "cell_singular": cell}.get(code)
+    return ValueError(
+        DATA_ERRORS[code].format(
+            a=a,
+            b=b,
+            row=None if source is None else source.detach()[a].tolist(),
+            systems=None if cell is None else cell.shape[0],
+            atoms=positions.shape[0],
+            dtype=positions.dtype,
+        )
+    )
+
+
+def raise_data_error(error: RuntimeError, positions: Tensor, cell: Tensor | None) -> None:
+    """Raises the user's form of a fault the compiled library reports; returns if `error` is not one."""
+    found = re.search(r"diffnl: (\w+) (-?\d+) (-?\d+)", str(error))
+    if found is None:
+        return
+    code, a, b = found[1], int(found[2]), int(found[3])
+    if code == "out_of_memory":
+        _raise_out_of_memory(a, positions)
+    raise data_error(code, positions, cell, a, b) from None
+
+
+def _raise_out_of_memory(num_pairs: int, positions: Tensor) -> NoReturn:
+    # The stable ABI cannot carry torch's own exception out of C++, so the same request is made here.
+    size = 28 + 3 * positions.element_size()
+    torch.empty((num_pairs, size), dtype=torch.uint8, device=positions.device)
+    raise torch.OutOfMemoryError(f"diffnl found at least {num_pairs} pairs, which need {num_pairs * size} bytes")

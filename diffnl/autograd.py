@@ -1,0 +1,163 @@
+"""The differentiable operators.
+
+With the pairs fixed, the vectors are linear in positions r and cell h:
+
+    v_p = (r_j - r_i) + S_p @ h                                              PairVectors
+    grad r_k = sum_{j_p = k} g_p - sum_{i_p = k} g_p,
+    grad h_b = sum_{p in b} outer(S_p, g_p)                                  PairVectorsAdjoint
+
+Each of the two maps is the other's backward, so derivatives of every order exist; forward mode applies a map
+to the tangents. `Search` finds the pairs and writes the same vectors: its backward is PairVectorsAdjoint,
+its forward mode PairVectors. None of them saves a float: a linear map's derivative needs only the list.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _ops
+
+
+def _save_list(ctx, mapping, shifts, system_idx, uses_cell: bool) -> None:
+    """Keeps of a list what the other map needs: without a cell, the shifts and systems play no part."""
+    kept = (mapping, shifts, system_idx) if uses_cell else (mapping, None, None)
+    ctx.save_for_backward(*kept)
+    ctx.save_for_forward(mapping, shifts, system_idx)
+
+
+def _vmap_loop(function: type[Function], info, in_dims, args, mapped: int):
+    """Applies a linear map to each entry of a batch of tangents; the first `mapped` arguments may be batched.
+
+    A loop, not one long list: the list is shared by all entries, and each application runs on all threads.
+    """
+    if any(dim is not None for dim in in_dims[mapped:]):
+        raise NotImplementedError(
+            f"{function.__name__} cannot be vmapped over a list: pairs differ in number from one list to the "
+            "next. Batch the systems with `system_idx` and a (B, 3, 3) `cell` instead"
+        )
+    rows = []
+    for n in range(info.batch_size):
+        entry = [a if d is None else a.select(d, n) for a, d in zip(args[:mapped], in_dims, strict=False)]
+        rows.append(function.apply(*entry, *args[mapped:]))
+    if isinstance(rows[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(rows[0])
+    return torch.stack(rows), 0
+
+
+class PairVectors(Function):
+    """positions (N, 3), cell (B, 3, 3) or None, list -> vectors (P, 3)."""
+
+    @staticmethod
+    def forward(positions, cell, mapping, shifts, system_idx):
+        return _ops.pair_vectors(positions, cell, mapping, shifts, system_idx)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        positions, cell, mapping, shifts, system_idx = inputs
+        ctx.sizes = positions.shape[0], 0 if cell is None else cell.shape[0]
+        ctx.set_materialize_grads(False)
+        _save_list(ctx, mapping, shifts, system_idx, uses_cell=cell is not None and ctx.needs_input_grad[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_gradients(ctx, grad), None, None, None
+
+    @staticmethod
+    def jvp(ctx, positions, cell, *_):
+        return _tangent(ctx, positions, cell)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap_loop(PairVectors, info, in_dims, args, mapped=2)
+
+
+class PairVectorsAdjoint(Function):
+    """grad (P, 3), list -> gradients (N, 3) and (B, 3, 3); one that is not needed has no rows."""
+
+    @staticmethod
+    def forward(grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell):
+        return _ops.pair_vectors_adjoint(
+            grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, mapping, shifts, system_idx, *ctx.sizes_and_needs = inputs
+        ctx.set_materialize_grads(False)
+        _save_list(ctx, mapping, shifts, system_idx, uses_cell=ctx.sizes_and_needs[3])
+
+    @staticmethod
+    def backward(ctx, grad_positions, grad_cell):
+        num_atoms, _, need_positions, need_cell = ctx.sizes_and_needs
+        grad_positions = grad_positions if need_positions else None
+        grad_cell = grad_cell if need_cell else None
+        return _apply_to(grad_positions, grad_cell, ctx.saved_tensors, num_atoms), *[None] * 7
+
+    @staticmethod
+    def jvp(ctx, grad, *_):
+        if grad is None:
+            return None, None
+        return PairVectorsAdjoint.apply(grad, *ctx.saved_tensors, *ctx.sizes_and_needs)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap_loop(PairVectorsAdjoint, info, in_dims, args, mapped=1)
+
+
+class Search(Function):
+    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ... -> mapping (2, P), shifts (P, 3), vectors (P, 3)."""
+
+    @staticmethod
+    def forward(positions, cell, pbc, system_idx, cutoff, full, sorted):
+        return _ops.neighbor_pairs(positions, cell, pbc, system_idx, cutoff, full, sorted)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        positions, cell, _, system_idx, *_ = inputs
+        mapping, shifts, _ = output
+        ctx.sizes = positions.shape[0], cell.shape[0]
+        ctx.mark_non_differentiable(mapping, shifts)
+        ctx.set_materialize_grads(False)
+        _save_list(ctx, mapping, shifts, system_idx, uses_cell=ctx.needs_input_grad[1])
+
+    @staticmethod
+    def backward(ctx, _mapping, _shifts, grad):
+        return *_gradients(ctx, grad), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, positions, cell, *_):
+        return None, None, _tangent(ctx, positions, cell)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise NotImplementedError(
+            "the neighbour search cannot be vmapped over positions or cells: systems differ in their number of "
+            "pairs. Search them all in one call with `system_idx` and a (B, 3, 3) `cell`"
+        )
+
+
+def _gradients(ctx, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of positions and cell, for a ctx that holds (sizes, list) of a map to vectors."""
+    need_positions, need_cell = ctx.needs_input_grad[:2]
+    if grad is None or not (need_positions or need_cell):
+        return None, None
+    grad_positions, grad_cell = PairVectorsAdjoint.apply(
+        grad, *ctx.saved_tensors, *ctx.sizes, need_positions, need_cell
+    )
+    return grad_positions if need_positions else None, grad_cell if need_cell else None
+
+
+def _tangent(ctx, positions: Tensor | None, cell: Tensor | None) -> Tensor | None:
+    return _apply_to(positions, cell, ctx.saved_tensors, ctx.sizes[0])
+
+
+def _apply_to(positions: Tensor | None, cell: Tensor | None, pair_list, num_atoms: int) -> Tensor | None:
+    """PairVectors of tangents that may be absent."""
+    if positions is None and cell is None:
+        return None
+    mapping, shifts, system_idx = pair_list
+    if positions is None:
+        positions = cell.new_zeros((num_atoms, 3))
+    if cell is None:
+        shifts = system_idx = None
+    return PairVectors.apply(positions, cell, mapping, shifts, system_idx)

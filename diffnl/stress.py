@@ -1,0 +1,89 @@
+"""Forces and stress of an energy, and the strain that defines the stress."""
+
+import torch
+from torch import Tensor
+
+from . import _validate
+
+
+def strained(
+    positions: Tensor, cell: Tensor, strain: Tensor, system_idx: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Positions and cell under a homogeneous strain: r -> r (1 + eps), h -> h (1 + eps).
+
+    Args:
+        positions: (N, 3), any length unit.
+        cell: (3, 3) or (B, 3, 3), rows are lattice vectors.
+        strain: eps, dimensionless, of the shape of `cell`.
+        system_idx: (N,) integer, the system of each atom; needed for a (B, 3, 3) `cell` with B > 1.
+
+    Returns:
+        The strained positions (N, 3) and cell, differentiable in all inputs.
+    """
+    positions = _validate.positions(positions)
+    cells = _validate.cell(cell, positions)
+    system_idx = _validate.system_idx(system_idx, positions)
+    _validate.systems(cells, _validate.pbc(None, positions), system_idx, positions)
+    eps = _validate.strain(strain, cell)
+    if cell.ndim == 2:
+        moved = positions @ eps
+    elif system_idx is None:
+        moved = positions @ eps[0]
+    else:
+        moved = (positions.unsqueeze(1) @ eps[system_idx]).squeeze(1)
+    return positions + moved, cell + cell @ eps
+
+
+def forces_and_stress(
+    energy: Tensor,
+    positions: Tensor,
+    cell: Tensor | None,
+    system_idx: Tensor | None = None,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Forces -dE/dr and the stress of an energy.
+
+    sigma = (1/V) dE/d(eps) = sym(sum_i r_i (x) dE/dr_i + h^T dE/dh) / |det h|, where the strain eps acts as
+    r -> r (1 + eps), h -> h (1 + eps). Positive under tension, ASE's sign; virial = -V sigma. The formula is
+    the chain rule of that map at eps = 0 (Knuth et al., Comput. Phys. Commun. 190, 33 (2015), eq. 1).
+
+    Args:
+        energy: () or (B,), computed from `positions` and `cell` with gradients enabled.
+        positions: (N, 3), requires a gradient.
+        cell: (3, 3) or (B, 3, 3), requires a gradient. None: no stress.
+        system_idx: (N,) integer, the system of each atom; needed for a (B, 3, 3) `cell` with B > 1.
+        create_graph: keep the graph, to train on forces and stresses or to differentiate further.
+
+    Returns:
+        forces (N, 3), energy / length; stress of the shape of `cell`, energy / length^3 (None without a
+        cell). A cell without volume has no stress: its entries are NaN or infinite.
+
+    Raises:
+        ValueError: an input without a gradient, or of the wrong shape.
+        TypeError: wrong types or dtypes.
+    """
+    positions = _validate.requires_grad("positions", _validate.positions(positions))
+    system_idx = _validate.system_idx(system_idx, positions)
+    if cell is None:
+        num_systems = 1 if system_idx is None or energy.ndim != 1 else energy.shape[0]
+        energy = _validate.energy(energy, num_systems)
+        (grad,) = torch.autograd.grad(
+            energy.sum(), (positions,), create_graph=create_graph, materialize_grads=True
+        )
+        return -grad, None
+
+    cells = _validate.cell(_validate.requires_grad("cell", cell), positions)
+    _validate.systems(cells, _validate.pbc(None, positions), system_idx, positions)
+    energy = _validate.energy(energy, cells.shape[0])
+    grad_positions, grad_cell = torch.autograd.grad(
+        energy.sum(), (positions, cell), create_graph=create_graph, materialize_grads=True
+    )
+    if cell.ndim == 2 or system_idx is None:
+        from_positions = (positions.mT @ grad_positions).expand_as(cell)
+    else:
+        outer = positions.unsqueeze(2) * grad_positions.unsqueeze(1)
+        from_positions = torch.zeros_like(cell).index_add(0, system_idx, outer)
+    strain_gradient = from_positions + cell.mT @ grad_cell
+    volume = torch.linalg.det(cell).abs()[..., None, None]
+    return -grad_positions, 0.5 * (strain_gradient + strain_gradient.mT) / volume
