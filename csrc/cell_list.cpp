@@ -132,12 +132,16 @@ void CellList<T>::choose_grids(const SearchInput<T>& in) {
     if (reach.images_blur) data_error("images_blur", static_cast<int64_t>(b));
     s.radius = in.cutoff + reach.rounding;
 
+    double span[3], length[3];
+    for (int k = 0; k < 3; ++k) {
+      span[k] = s.cell.periodic[k] ? 1.0 : q_high[k] - q_low[k];
+      length[k] = span[k] * s.cell.height[k];
+    }
+    choose_bins(length, s.cell.periodic, s.radius, static_cast<double>(s.num_atoms), s.axis);
     double num_bins = 1.0, diagonal = 0.0;
     for (int k = 0; k < 3; ++k) {
-      const double span = s.cell.periodic[k] ? 1.0 : q_high[k] - q_low[k];
-      s.axis[k] = choose_bins(span * s.cell.height[k], s.radius, s.cell.periodic[k]);
       s.origin[k] = s.cell.periodic[k] ? 0.0 : q_low[k];
-      s.bins_per_unit[k] = span > 0.0 ? static_cast<double>(s.axis[k].bins) / span : 1.0;
+      s.bins_per_unit[k] = span[k] > 0.0 ? static_cast<double>(s.axis[k].bins) / span[k] : 1.0;
       num_bins *= static_cast<double>(s.axis[k].bins);
       diagonal += norm(s.cell.h + 3 * k) / s.bins_per_unit[k];
     }

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "errors.h"
@@ -96,6 +97,28 @@ inline int64_t floor_div(int64_t a, int64_t n) {
   return quotient - (a % n < 0 ? 1 : 0);
 }
 
+// The bins (dx, dy, first) .. (dx, dy, last), relative to a home bin, that can hold neighbours: a column of
+// bins is a line along h_z, and only its part inside the sphere of radius `radius + bin_diagonal` around the
+// home bin matters. Worth its arithmetic where the stencil is wide: many images of a small cell.
+inline std::pair<int64_t, int64_t> column_part(const System& s, int64_t dx, int64_t dy) {
+  const double* h = s.cell.h;
+  const double x = static_cast<double>(dx) / s.bins_per_unit[0], y = static_cast<double>(dy) / s.bins_per_unit[1];
+  double oo = 0.0, oz = 0.0, zz = 0.0;  // o: from the home bin to the bin (dx, dy, 0); z: from bin to bin
+  for (int c = 0; c < 3; ++c) {
+    const double o = x * h[c] + y * h[3 + c], step = h[6 + c] / s.bins_per_unit[2];
+    oo += o * o;
+    oz += o * step;
+    zz += step * step;
+  }
+  const double ball = s.radius + s.bin_diagonal;
+  const double centre = -oz / zz;
+  const double half_squared = (ball * ball - (oo - oz * oz / zz)) / zz;
+  const double half = std::sqrt(std::max(half_squared, 0.0)) + 1.0;  // a bin of slack absorbs rounding
+  constexpr double far = 4e18;
+  return {static_cast<int64_t>(std::max(std::ceil(centre - half), -far)),
+          static_cast<int64_t>(std::min(std::floor(centre + half), far))};
+}
+
 template <typename T>
 template <typename Visit>
 void CellList<T>::for_each_run(int64_t b, int64_t key, const Visit& visit) const {
@@ -117,52 +140,47 @@ void CellList<T>::for_each_run(int64_t b, int64_t key, const Visit& visit) const
     return first == last || visit(first, last, m);
   };
 
-  // Unwrapped bins u = b + d; on open axes there is nothing beyond the ends.
-  const auto low = [](const AxisBins& a, bool periodic, int64_t bin) {
-    return periodic ? bin - a.reach : std::max<int64_t>(0, bin - a.reach);
+  // The stencil of an axis: unwrapped bins first .. last; on open axes there is nothing beyond the ends.
+  // `first` is bin `bin` of image `image`.
+  struct Stencil {
+    int64_t first, last, image, bin;
   };
-  const auto high = [](const AxisBins& a, bool periodic, int64_t bin) {
-    return periodic ? bin + a.reach : std::min(a.bins - 1, bin + a.reach);
+  const auto stencil = [](const AxisBins& axis, bool periodic, int64_t home) {
+    if (!periodic) {
+      const int64_t first = std::max<int64_t>(0, home - axis.reach);
+      return Stencil{first, std::min(axis.bins - 1, home + axis.reach), 0, first};
+    }
+    const int64_t first = home - axis.reach, image = floor_div(first, axis.bins);
+    return Stencil{first, home + axis.reach, image, first - image * axis.bins};
   };
-  const bool* periodic = s.cell.periodic;
-  const int64_t x_last = high(s.axis[0], periodic[0], bx), y_last = high(s.axis[1], periodic[1], by);
-  const int64_t z_low = low(s.axis[2], periodic[2], bz), z_high = high(s.axis[2], periodic[2], bz);
+  const Stencil x = stencil(s.axis[0], s.cell.periodic[0], bx);
+  const Stencil y = stencil(s.axis[1], s.cell.periodic[1], by);
+  const Stencil z = stencil(s.axis[2], s.cell.periodic[2], bz);
 
-  // A column of bins at (dx, dy) is a line along h_z; the part of it inside the sphere of radius
-  // `radius + bin_diagonal` around the home bin is all that can matter. Worth its arithmetic only where the
-  // stencil is wide: many images of a small cell.
   const bool prune = s.axis[0].reach > 2 || s.axis[1].reach > 2 || s.axis[2].reach > 2;
-  double bin[9];
-  for (int k = 0; k < 3; ++k) {
-    const double fraction = 1.0 / (s.bins_per_unit[k]);
-    for (int c = 0; c < 3; ++c) bin[3 * k + c] = s.cell.h[3 * k + c] * fraction;
-  }
-  const double ball = s.radius + s.bin_diagonal;
-  const double zz = bin[6] * bin[6] + bin[7] * bin[7] + bin[8] * bin[8];
-
-  for (int64_t ux = low(s.axis[0], periodic[0], bx); ux <= x_last; ++ux) {
-    const int64_t mx = floor_div(ux, nx);
-    for (int64_t uy = low(s.axis[1], periodic[1], by); uy <= y_last; ++uy) {
-      const int64_t my = floor_div(uy, ny);
-      int64_t z_first = z_low, z_last = z_high;
+  int64_t m[3];
+  m[0] = x.image;
+  for (int64_t ux = x.first, cx = x.bin; ux <= x.last; ++ux, ++cx) {
+    if (cx == nx) cx = 0, ++m[0];
+    m[1] = y.image;
+    for (int64_t uy = y.first, cy = y.bin; uy <= y.last; ++uy, ++cy) {
+      if (cy == ny) cy = 0, ++m[1];
+      Stencil column = z;
       if (prune) {
-        const double dx = static_cast<double>(ux - bx), dy = static_cast<double>(uy - by);
-        const double o[3] = {dx * bin[0] + dy * bin[3], dx * bin[1] + dy * bin[4], dx * bin[2] + dy * bin[5]};
-        const double oo = o[0] * o[0] + o[1] * o[1] + o[2] * o[2];
-        const double oz = (o[0] * bin[6] + o[1] * bin[7] + o[2] * bin[8]) / zz;
-        const double half_squared = (ball * ball - (oo - oz * oz * zz)) / zz;
-        if (half_squared < 0.0) continue;
-        const double half = std::sqrt(half_squared) + 1.0;  // one bin of slack absorbs all rounding
-        z_first = std::max(z_first, bz + static_cast<int64_t>(std::ceil(std::max(-oz - half, -9e15))));
-        z_last = std::min(z_last, bz + static_cast<int64_t>(std::floor(std::min(-oz + half, 9e15))));
-        if (z_first > z_last) continue;
+        const auto [first, last] = column_part(s, ux - bx, uy - by);
+        if (bz + first > column.first) {
+          column.first = bz + first;
+          column.image = floor_div(column.first, nz);
+          column.bin = column.first - column.image * nz;
+        }
+        column.last = std::min(column.last, bz + last);
       }
-      const int64_t column = ((ux - mx * nx) * ny + (uy - my * ny)) * nz;
-      for (int64_t mz = floor_div(z_first, nz); mz * nz <= z_last; ++mz) {
-        const int64_t m[3] = {mx, my, mz};
-        const int64_t first_key = column + std::max<int64_t>(z_first - mz * nz, 0);
-        const int64_t last_key = column + std::min(z_last - mz * nz, nz - 1);
-        if (!atoms_between(first_key, last_key, m)) return;
+      const int64_t column_key = (cx * ny + cy) * nz;
+      m[2] = column.image;
+      for (int64_t uz = column.first, cz = column.bin; uz <= column.last; cz = 0, ++m[2]) {
+        const int64_t length = std::min(column.last - uz, nz - 1 - cz);
+        if (!atoms_between(column_key + cz, column_key + cz + length, m)) return;
+        uz += length + 1;
       }
     }
   }

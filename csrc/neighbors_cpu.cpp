@@ -9,6 +9,10 @@
 
 #include <unistd.h>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <array>
 #include <numeric>
 
@@ -24,7 +28,7 @@ namespace diffnl {
 
 namespace {
 
-constexpr int kTileSize = 512;
+constexpr int kTileSize = 1024;
 
 // Candidates around one bin. S = s + W_i for the atom i at hand; t = S @ h is kept for the last W_i, which
 // nearly always is that of the next atom too.
@@ -34,12 +38,14 @@ struct Tile {
   std::array<T, kTileSize> x, y, z;           // positions as given
   std::array<T, kTileSize> s0, s1, s2;        // m - W_j
   std::array<T, kTileSize> tx, ty, tz;        // t for W_i = (w0, w1, w2)
-  std::array<T, kTileSize> vx, vy, vz, d2;    // of the atom tested last
+  std::array<T, kTileSize> d2;                // of the atom tested last
   std::array<int64_t, kTileSize> j;           // the caller's number of the candidate
   T w0 = 0, w1 = 0, w2 = 0;
   // Where the bin's own atoms stand with S = 0: sorted atom a is entry a - home_shift.
   int64_t home_first = 0, home_last = 0, home_shift = 0;
 };
+
+using Selection = std::array<int32_t, kTileSize + 3>;  // entries of a tile, and what select_below runs over
 
 template <typename T>
 [[gnu::always_inline]] inline void translate_loop(Tile<T>& t, const T* h) {
@@ -62,12 +68,9 @@ template <typename T>
 }
 
 template <typename T>
-[[gnu::always_inline]] inline void vector_loop(Tile<T>& t, Vec3<T> ri) {
+[[gnu::always_inline]] inline void measure_loop(Tile<T>& t, Vec3<T> ri) {
   for (int c = 0; c < t.size; ++c) {
     const Vec3<T> v = pair_vector<T>(ri, {t.x[c], t.y[c], t.z[c]}, {t.tx[c], t.ty[c], t.tz[c]});
-    t.vx[c] = v.x;
-    t.vy[c] = v.y;
-    t.vz[c] = v.z;
     t.d2[c] = squared_length(v);
   }
 }
@@ -80,8 +83,51 @@ DIFFNL_VECTOR_CLONES int count_within(const Tile<float>& t, Vec3<float> r, float
 DIFFNL_VECTOR_CLONES int count_within(const Tile<double>& t, Vec3<double> r, double c2) {
   return count_loop(t, r, c2);
 }
-DIFFNL_VECTOR_CLONES void compute_vectors(Tile<float>& t, Vec3<float> r) { vector_loop(t, r); }
-DIFFNL_VECTOR_CLONES void compute_vectors(Tile<double>& t, Vec3<double> r) { vector_loop(t, r); }
+DIFFNL_VECTOR_CLONES void measure(Tile<float>& t, Vec3<float> r) { measure_loop(t, r); }
+DIFFNL_VECTOR_CLONES void measure(Tile<double>& t, Vec3<double> r) { measure_loop(t, r); }
+
+// Writes the numbers c of the entries with d2[c] < cutoff2 to `chosen`, which has room for three more, and
+// returns how many. A branch for each entry would be mispredicted too often; on x86-64 (SSE2 is always there)
+// four comparisons select one of sixteen ready-made lists of positions.
+#if defined(__SSE2__)
+inline __m128 below(const float* d2, float limit) { return _mm_cmplt_ps(_mm_loadu_ps(d2), _mm_set1_ps(limit)); }
+inline __m128 below(const double* d2, double limit) {
+  const __m128d low = _mm_cmplt_pd(_mm_loadu_pd(d2), _mm_set1_pd(limit));
+  const __m128d high = _mm_cmplt_pd(_mm_loadu_pd(d2 + 2), _mm_set1_pd(limit));
+  return _mm_shuffle_ps(_mm_castpd_ps(low), _mm_castpd_ps(high), _MM_SHUFFLE(2, 0, 2, 0));
+}
+
+struct SetBits {
+  alignas(16) int32_t position[16][4];
+  int32_t count[16];
+};
+constexpr SetBits make_set_bits() {
+  SetBits bits{};
+  for (int mask = 0; mask < 16; ++mask)
+    for (int bit = 0; bit < 4; ++bit)
+      if (mask >> bit & 1) bits.position[mask][bits.count[mask]++] = bit;
+  return bits;
+}
+constexpr SetBits kSetBits = make_set_bits();
+#endif
+
+template <typename T>
+inline int select_below(const T* d2, int size, T cutoff2, int32_t* chosen) {
+  int count = 0, c = 0;
+#if defined(__SSE2__)
+  for (; c + 4 <= size; c += 4) {
+    const int mask = _mm_movemask_ps(below(d2 + c, cutoff2));
+    const __m128i position = _mm_load_si128(reinterpret_cast<const __m128i*>(kSetBits.position[mask]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(chosen + count), _mm_add_epi32(position, _mm_set1_epi32(c)));
+    count += kSetBits.count[mask];
+  }
+#endif
+  for (; c < size; ++c) {
+    chosen[count] = c;
+    count += d2[c] < cutoff2 ? 1 : 0;
+  }
+  return count;
+}
 
 // Stops a count that has already found more pairs than the machine's memory could hold: a cutoff given in
 // the wrong unit would otherwise count for hours before it fails.
@@ -122,15 +168,11 @@ struct Search {
     return s2 > 0;
   }
 
-  // Entries of the tile that are neighbours of sorted atom a, after compute_vectors. Returns how many.
-  int select(Tile<T>& tile, int64_t a, std::array<int32_t, kTileSize>& chosen) const {
+  // Entries of the tile that are neighbours of sorted atom a, after `measure`. Returns how many.
+  int select(Tile<T>& tile, int64_t a, Selection& chosen) const {
     if (tile.home_first <= a && a < tile.home_last)  // (i, i, S = 0) is not a pair
       tile.d2[static_cast<size_t>(a - tile.home_shift)] = std::numeric_limits<T>::infinity();
-    int count = 0;
-    for (int c = 0; c < tile.size; ++c) {
-      chosen[static_cast<size_t>(count)] = c;
-      count += tile.d2[static_cast<size_t>(c)] < cutoff2 ? 1 : 0;
-    }
+    const int count = select_below(tile.d2.data(), tile.size, cutoff2, chosen.data());
     if (in.full) return count;
     const int64_t i = list.atoms().index[static_cast<size_t>(a)];
     int kept = 0;
@@ -147,15 +189,16 @@ template <typename T>
 struct CountSink {
   const Search<T>& search;
   int64_t* counts;                    // (N,), by the caller's number of the atom
-  std::array<int32_t, kTileSize> chosen;
+  Selection chosen;
 
   int take(Tile<T>& tile, int64_t a) {
     int count;
     if (search.in.full) {
       count = count_within(tile, search.position(a), search.cutoff2);
-      if (tile.home_first <= a && a < tile.home_last) --count;  // (i, i, S = 0), at distance 0
+      // (i, i, S = 0), at distance 0: counted unless cutoff * cutoff has rounded to 0.
+      if (tile.home_first <= a && a < tile.home_last && search.cutoff2 > 0) --count;
     } else {
-      compute_vectors(tile, search.position(a));
+      measure(tile, search.position(a));
       count = search.select(tile, a, chosen);
     }
     counts[search.list.atoms().index[static_cast<size_t>(a)]] += count;
@@ -172,10 +215,11 @@ struct FillSink {
   int64_t num_pairs;
   const int64_t* offsets;  // (N + 1,): row i is pairs offsets[i] .. offsets[i + 1]
   int64_t* next;           // (N,): where the row continues
-  std::array<int32_t, kTileSize> chosen;
+  Selection chosen;
 
   int take(Tile<T>& tile, int64_t a) {
-    compute_vectors(tile, search.position(a));
+    const Vec3<T> ri = search.position(a);
+    measure(tile, ri);
     const int count = search.select(tile, a, chosen);
     const int64_t i = search.list.atoms().index[static_cast<size_t>(a)];
     const int64_t first = next[i];
@@ -191,9 +235,10 @@ struct FillSink {
       shifts[3 * n] = static_cast<int32_t>(tile.s0[c] + tile.w0);
       shifts[3 * n + 1] = static_cast<int32_t>(tile.s1[c] + tile.w1);
       shifts[3 * n + 2] = static_cast<int32_t>(tile.s2[c] + tile.w2);
-      vectors[3 * n] = tile.vx[c];
-      vectors[3 * n + 1] = tile.vy[c];
-      vectors[3 * n + 2] = tile.vz[c];
+      const Vec3<T> v = pair_vector<T>(ri, {tile.x[c], tile.y[c], tile.z[c]}, {tile.tx[c], tile.ty[c], tile.tz[c]});
+      vectors[3 * n] = v.x;
+      vectors[3 * n + 1] = v.y;
+      vectors[3 * n + 2] = v.z;
     }
     return count;
   }
@@ -268,6 +313,7 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
       }
       const size_t from = static_cast<size_t>(begin), count = static_cast<size_t>(taken);
       const size_t to = static_cast<size_t>(tile.size);
+#pragma GCC ivdep
       for (size_t n = 0; n < count; ++n) {
         tile.x[to + n] = atoms.r[0][from + n];
         tile.y[to + n] = atoms.r[1][from + n];

@@ -153,10 +153,11 @@ inline Reach make_reach(const SearchCell& cell, double cutoff, const double* wra
     spacing = std::min(spacing, cell.height[k]);
   }
   // Six roundings make up v; each is at most eps/2 of a term no larger than translation + extent + cutoff.
-  out.rounding = 8.0 * eps * (translation + extent + cutoff) +
-                 16.0 * eps64 * (largest_position + cell.condition * (lengths + extent));
+  // Filing: r - W @ h cancels terms |W_k| |h_k| <= condition * |r|.
+  const double filing = 16.0 * eps64 * cell.condition * (largest_position + lengths + extent);
+  out.rounding = 8.0 * eps * (translation + extent + cutoff) + filing;
   out.shift_overflows = !(out.largest_shift < 2147483647.0);
-  out.images_blur = eps * translation > spacing / 8.0;
+  out.images_blur = eps * translation > spacing / 8.0 || filing > spacing / 8.0;
   return out;
 }
 
@@ -167,25 +168,40 @@ struct AxisBins {
   int64_t reach;
 };
 
-// Bins of width w = L / bins with w >= radius / R, for the R in 1..4 whose stencil (2R + 1) w is shortest;
-// the factor (1 + 0.06 R) is the measured price of more, emptier rows. A cell shorter than radius / 4 is one
-// bin and its images do the rest.
-inline AxisBins choose_bins(double length, double radius, bool periodic) {
-  constexpr int64_t most_bins = int64_t(1) << 20;  // three axes fit one 64-bit key
-  AxisBins best{1, periodic ? static_cast<int64_t>(std::ceil(radius / length)) : 0};
-  double best_cost = std::numeric_limits<double>::infinity();
+// Bins of width w with radius / R <= w, as narrow as whole numbers allow. An axis shorter than that is one
+// bin, and its images do the rest.
+inline AxisBins axis_bins(double length, double radius, bool periodic, int64_t reach) {
+  constexpr double most_bins = 1 << 20;  // three axes fit one 64-bit key
+  const double fit = std::floor(length * static_cast<double>(reach) / radius);
+  if (!(fit >= 1.0)) return {1, periodic ? static_cast<int64_t>(std::ceil(radius / length)) : 0};
+  const int64_t bins = static_cast<int64_t>(std::min(fit, most_bins));
+  return {bins, periodic ? reach : std::min(reach, bins - 1)};
+}
+
+// Chooses R in 1 .. 4, the same for all axes, by the work it makes for one atom. Narrow bins propose fewer
+// candidates (the stencil of R = 1 holds 6.4 spheres, of R = 2 3.7); wide bins share the collecting of
+// candidates among more atoms. Prices are in units of one tested candidate, measured.
+inline void choose_bins(const double* length, const bool* periodic, double radius, double num_atoms,
+                        AxisBins* chosen) {
+  constexpr double price_of_run = 40.0, price_of_copy = 3.0;
+  double least = std::numeric_limits<double>::infinity();
   for (int64_t reach = 1; reach <= 4; ++reach) {
-    const double fit = std::floor(length * static_cast<double>(reach) / radius);
-    if (fit < 1.0) continue;
-    const int64_t bins = static_cast<int64_t>(std::min(fit, static_cast<double>(most_bins)));
-    const double cost = static_cast<double>(2 * reach + 1) * (length / static_cast<double>(bins)) *
-                        (1.0 + 0.06 * static_cast<double>(reach));
-    if (cost < best_cost) {
-      best_cost = cost;
-      best = {bins, periodic ? reach : std::min(reach, bins - 1)};
+    AxisBins axes[3];
+    double runs = 1.0, candidates = num_atoms, atoms_in_bin = num_atoms;
+    for (int k = 0; k < 3; ++k) {
+      axes[k] = axis_bins(length[k], radius, periodic[k], reach);
+      const double bins = static_cast<double>(axes[k].bins), stencil = 2.0 * static_cast<double>(axes[k].reach) + 1.0;
+      runs *= k < 2 ? stencil : 1.0 + (periodic[k] ? stencil / bins : 0.0);
+      candidates *= periodic[k] ? stencil / bins : std::min(stencil / bins, 1.0);
+      atoms_in_bin /= bins;
+    }
+    const double shared_by = std::max(atoms_in_bin, 1.0);
+    const double cost = candidates + (runs * price_of_run + candidates * price_of_copy) / shared_by;
+    if (cost < least) {
+      least = cost;
+      std::copy_n(axes, 3, chosen);
     }
   }
-  return best;
 }
 
 }  // namespace diffnl
