@@ -67,9 +67,12 @@ const int64_t* system_data(const std::optional<Tensor>& system_idx, int64_t num_
   return data<int64_t>(*system_idx);
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+// Asking first saves a trip through the dispatcher.
+Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+std::optional<Tensor> packed(const std::optional<Tensor>& t) {
   if (!t.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*t);
+  return packed(*t);
 }
 
 // Linux grants memory that it does not have. Asking for all of it at once, without touching it, fails where
@@ -110,9 +113,9 @@ std::tuple<Tensor, Tensor, Tensor> neighbor_pairs(const Tensor& positions, const
   check_shape(pbc, "pbc", {cell.size(0), 3});
   check_dtype(pbc, "pbc", ScalarType::Bool);
   STD_TORCH_CHECK(cell.size(0) > 0 || positions.size(0) == 0, "diffnl: atoms need a system");
-  const Tensor r = torch::stable::contiguous(positions), h = torch::stable::contiguous(cell);
-  const Tensor flags = torch::stable::contiguous(pbc);
-  const std::optional<Tensor> systems = contiguous(system_idx);
+  const Tensor r = packed(positions), h = packed(cell);
+  const Tensor flags = packed(pbc);
+  const std::optional<Tensor> systems = packed(system_idx);
   const int64_t* system = system_data(systems, r.size(0));
   return dtype == ScalarType::Float ? search<float>(r, h, flags, system, cutoff, full, sorted)
                                     : search<double>(r, h, flags, system, cutoff, full, sorted);
@@ -124,9 +127,9 @@ class HeldList {
  public:
   HeldList(const Tensor& mapping, const std::optional<Tensor>& shifts, const std::optional<Tensor>& system_idx,
            int64_t num_atoms, int64_t num_systems, bool uses_cell)
-      : mapping_(torch::stable::contiguous(mapping)),
-        shifts_(contiguous(shifts)),
-        system_idx_(contiguous(system_idx)) {
+      : mapping_(packed(mapping)),
+        shifts_(packed(shifts)),
+        system_idx_(packed(system_idx)) {
     check_shape(mapping, "mapping", {2, -1});
     check_dtype(mapping, "mapping", ScalarType::Long);
     const int64_t num_pairs = mapping.size(1);
@@ -160,8 +163,8 @@ Tensor pair_vectors(const Tensor& positions, const std::optional<Tensor>& cell, 
     check_shape(*cell, "cell", {-1, 3, 3});
     check_dtype(*cell, "cell", dtype);
   }
-  const Tensor r = torch::stable::contiguous(positions);
-  const std::optional<Tensor> h = contiguous(cell);
+  const Tensor r = packed(positions);
+  const std::optional<Tensor> h = packed(cell);
   const HeldList held(mapping, shifts, system_idx, r.size(0), h.has_value() ? h->size(0) : 0, h.has_value());
   const Tensor vectors = empty(r, {held.list.num_pairs, 3}, dtype);
   const auto run = [&](auto zero) {
@@ -180,7 +183,7 @@ std::tuple<Tensor, Tensor> pair_vectors_adjoint(const Tensor& grad, const Tensor
   const ScalarType dtype = floating_dtype(grad);
   const HeldList held(mapping, shifts, system_idx, num_atoms, num_systems, need_cell);
   check_shape(grad, "grad", {held.list.num_pairs, 3});
-  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor g = packed(grad);
   const Tensor grad_positions = empty(g, {need_positions ? num_atoms : 0, 3}, dtype);
   const Tensor grad_cell = empty(g, {need_cell ? num_systems : 0, 3, 3}, dtype);
   const auto run = [&](auto zero) {

@@ -8,7 +8,7 @@
 // order of the chunks. So the bits of the result depend neither on the number of threads nor on their luck.
 // Pairs with the same i are neighbours in a list made by the search: their sum stays in registers.
 
-#include <vector>
+#include <memory>
 
 #include "neighbors_cpu.h"
 
@@ -66,79 +66,108 @@ void pair_vectors_cpu(const PairList& list, const T* positions, const T* cell, T
 
 namespace {
 
-// Chunk c of the list: pairs first .. last, scattered into rows (N, 3) and cells (B, 9) of its own.
+// Three components and one lane to spare, added in one instruction. The spare lane holds anything.
+template <typename T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float type __attribute__((vector_size(16), aligned(4), may_alias));
+};
+template <>
+struct Lanes<double> {
+  typedef double type __attribute__((vector_size(32), aligned(8), may_alias));
+};
+
+// Sums of the pairs first .. last of the list, into rows (N, 4) and cells (B, 9) of their own, both zero at
+// the start. The cell's sums are kept in T for at most kCellBlock pairs, then added up in float64.
 template <typename T, bool kPositions, bool kCell>
 bool scatter_chunk(const PairList& list, const T* grad, int64_t first, int64_t last, T* rows, double* cells,
                    std::atomic<int64_t>& bad_pair) {
-  int64_t row = -1, system = -1;
-  T row_sum[3] = {0, 0, 0};
-  double cell_sum[9] = {};
+  using V = typename Lanes<T>::type;
+  constexpr int64_t kCellBlock = 256;
+  const int64_t *row_of = list.mapping, *column_of = list.mapping + list.num_pairs;
+  int64_t row = -1, system = 0;
+  V row_sum = {}, cell_sum[3] = {};
+
   const auto close_row = [&] {
-    if (kPositions && row >= 0)
-      for (int c = 0; c < 3; ++c) rows[3 * row + c] -= row_sum[c];
+    if (kPositions && row >= 0) *reinterpret_cast<V*>(rows + 4 * row) -= row_sum;
+    row_sum = V{};
   };
-  const auto close_system = [&] {
-    if (kCell && system >= 0)
-      for (int c = 0; c < 9; ++c) cells[9 * system + c] += cell_sum[c];
-  };
-  for (int64_t p = first; p < last; ++p) {
-    const int64_t i = list.mapping[p], j = list.mapping[list.num_pairs + p];
-    if (!pair_in_range(list, i, j)) {
-      bad_pair = p;
-      return false;
+  const auto close_cell = [&] {
+    if (!kCell) return;
+    for (int k = 0; k < 3; ++k) {
+      for (int c = 0; c < 3; ++c) cells[9 * system + 3 * k + c] += static_cast<double>(cell_sum[k][c]);
+      cell_sum[k] = V{};
     }
-    const T* g = grad + 3 * p;
+  };
+  const auto take = [&](int64_t p, V g) {
+    const int64_t i = row_of[p], j = column_of[p];
     if (i != row) {
       close_row();
+      if (!pair_in_range(list, i, j)) return false;
       row = i;
-      for (T& sum : row_sum) sum = 0;
       const int64_t b = list.system_idx == nullptr ? 0 : list.system_idx[i];
       if (b != system) {
-        close_system();
+        close_cell();
         system = b;
-        for (double& sum : cell_sum) sum = 0;
       }
     }
+    if (static_cast<uint64_t>(j) >= static_cast<uint64_t>(list.num_atoms)) return false;
     if (kPositions) {
-      for (int c = 0; c < 3; ++c) {
-        row_sum[c] += g[c];
-        rows[3 * j + c] += g[c];
-      }
+      row_sum += g;
+      *reinterpret_cast<V*>(rows + 4 * j) += g;
     }
     if (kCell) {
       const int32_t* s = list.shifts + 3 * p;
-      if ((s[0] | s[1] | s[2]) != 0) {  // most pairs do not cross a face
-        for (int k = 0; k < 3; ++k)
-          for (int c = 0; c < 3; ++c) cell_sum[3 * k + c] += static_cast<double>(s[k]) * g[c];
-      }
+      for (int k = 0; k < 3; ++k) cell_sum[k] += static_cast<T>(s[k]) * g;
     }
+    return true;
+  };
+
+  for (int64_t begin = first; begin < last; begin += kCellBlock) {
+    const int64_t end = std::min(last, begin + kCellBlock);
+    int64_t p = begin;
+    for (; p < end - 1; ++p) {  // the spare lane reads the next pair's gradient
+      if (!take(p, *reinterpret_cast<const V*>(grad + 3 * p))) break;
+    }
+    const T* g = grad + 3 * p;
+    if (p < end - 1 || !take(p, V{g[0], g[1], g[2], 0})) {
+      bad_pair = p;
+      return false;
+    }
+    close_cell();
   }
   close_row();
-  close_system();
   return true;
 }
 
 template <typename T, bool kPositions, bool kCell>
 void adjoint(const PairList& list, const T* grad, T* grad_positions, T* grad_cell) {
-  // Few enough chunks that all accumulators together are no larger than the list, enough to share the work.
-  const int64_t accumulator = std::max<int64_t>({list.num_atoms, 3 * list.num_systems, kPairBlock});
-  const int64_t chunks = std::clamp<int64_t>(list.num_pairs / accumulator, 1, kMostChunks);
-  const int64_t row_size = 3 * list.num_atoms, cell_size = 9 * list.num_systems;
-  std::vector<T> rows(static_cast<size_t>(kPositions ? chunks * row_size : 0));
-  std::vector<double> cells(static_cast<size_t>(kCell ? chunks * cell_size : 0));
+  // Enough chunks to share the work among threads, few enough that clearing and adding the accumulators is
+  // small next to reading the list.
+  const int64_t row_size = kPositions ? 4 * list.num_atoms : 0, cell_size = kCell ? 9 * list.num_systems : 0;
+  const int64_t chunks = std::clamp<int64_t>(list.num_pairs / std::max(2 * (row_size + cell_size), kPairBlock / 2),
+                                             1, kMostChunks);
+  const std::unique_ptr<T[]> rows(new T[static_cast<size_t>(chunks * row_size)]);
+  const std::unique_ptr<double[]> cells(new double[static_cast<size_t>(chunks * cell_size)]);
   std::atomic<int64_t> bad_pair{-1};
   parallel_blocks(chunks, 1, [&](int64_t chunk, int64_t) {
     const int64_t first = list.num_pairs * chunk / chunks, last = list.num_pairs * (chunk + 1) / chunks;
-    scatter_chunk<T, kPositions, kCell>(list, grad, first, last, rows.data() + chunk * row_size,
-                                        cells.data() + chunk * cell_size, bad_pair);
+    T* own_rows = rows.get() + chunk * row_size;
+    double* own_cells = cells.get() + chunk * cell_size;
+    std::fill_n(own_rows, row_size, T(0));
+    std::fill_n(own_cells, cell_size, 0.0);
+    scatter_chunk<T, kPositions, kCell>(list, grad, first, last, own_rows, own_cells, bad_pair);
   });
   if (bad_pair >= 0) index_error(list, bad_pair);
   if (kPositions) {
-    parallel_blocks(row_size, kPairBlock, [&](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) {
-        T sum = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += rows[static_cast<size_t>(chunk * row_size + k)];
-        grad_positions[k] = sum;
+    parallel_blocks(list.num_atoms, kPairBlock / 4, [&](int64_t first, int64_t last) {
+      using V = typename Lanes<T>::type;
+      for (int64_t i = first; i < last; ++i) {
+        V sum = {};
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          sum += *reinterpret_cast<const V*>(rows.get() + chunk * row_size + 4 * i);
+        for (int c = 0; c < 3; ++c) grad_positions[3 * i + c] = sum[c];
       }
     });
   }

@@ -67,8 +67,8 @@ def same_device(name: str, t: Tensor, like: Tensor) -> None:
 
 def pbc(value: bool | Sequence[bool] | Tensor | None, like: Tensor) -> Tensor:
     """Three flags, or (B, 3); returned as a bool tensor (3,) or (B, 3) on the device of `positions`."""
-    if value is None:
-        return torch.zeros(3, dtype=torch.bool, device=like.device)
+    if value is None or isinstance(value, bool):
+        return torch.full((3,), bool(value), device=like.device)
     if isinstance(value, Tensor):
         if value.dtype != torch.bool:
             raise TypeError(f"`pbc` must be a bool tensor; got {value.dtype}")
@@ -134,6 +134,19 @@ def systems(
     return cell, pbc if pbc.ndim == 2 else pbc.expand(num_systems, 3)
 
 
+def system_of_atom(system_idx_value: Tensor | None, cell: Tensor, positions: Tensor) -> Tensor | None:
+    """`system_idx` for B cells (B, 3, 3), with its values checked; None where all atoms are in one system."""
+    index = system_idx(system_idx_value, positions)
+    systems(cell, pbc(None, positions), index, positions)
+    if index is None or index.numel() == 0:
+        return None
+    outside = (index < 0) | (index >= cell.shape[0])
+    if bool(outside.any()):
+        atom = int(torch.nonzero(outside)[0])
+        raise data_error("system_idx_out_of_range", positions, cell, int(index[atom]), atom)
+    return None if cell.shape[0] == 1 else index
+
+
 def mapping(value: Tensor, like: Tensor) -> Tensor:
     """(2, P), any integer dtype; returned as int64."""
     t = _tensor("mapping", value)
@@ -171,11 +184,12 @@ def strain(value: Tensor, cell: Tensor) -> Tensor:
     return t
 
 
-def energy(value: Tensor, num_systems: int) -> Tensor:
-    """() or (B,), with a graph behind it."""
+def energy(value: Tensor, num_systems: int | None) -> Tensor:
+    """() or (B,), with a graph behind it. B is free where there is no cell to count."""
     t = _tensor("energy", value)
-    if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != num_systems):
-        raise ValueError(f"`energy` must have shape () or (B,) = ({num_systems},); got {_shape(t)}")
+    if t.ndim > 1 or (t.ndim == 1 and num_systems not in (None, t.shape[0])):
+        expected = "(B,)" if num_systems is None else f"(B,) = ({num_systems},)"
+        raise ValueError(f"`energy` must have shape () or {expected}; got {_shape(t)}")
     if not t.requires_grad:
         raise ValueError(
             "`energy` must be computed from `positions` and `cell` with gradients enabled; got a tensor "
@@ -245,4 +259,7 @@ def _raise_out_of_memory(num_pairs: int, positions: Tensor) -> NoReturn:
     # The stable ABI cannot carry torch's own exception out of C++, so the same request is made here.
     size = 28 + 3 * positions.element_size()
     torch.empty((num_pairs, size), dtype=torch.uint8, device=positions.device)
-    raise torch.OutOfMemoryError(f"diffnl found at least {num_pairs} pairs, which need {num_pairs * size} bytes")
+    raise torch.OutOfMemoryError(
+        f"out of memory: `cutoff` must leave few enough pairs to hold; got at least {num_pairs}, which need "
+        f"{num_pairs * size} bytes"
+    )

@@ -116,8 +116,16 @@ def _wraps_and_images(
         largest = spread + torch.ceil(cutoff / heights) + 1
         if bool((largest >= 2**31 - 1).any()):
             raise _validate.data_error("shift_overflows", positions, None, system)
-        translation = float((largest * torch.linalg.vector_norm(lattice, dim=1)).sum())
-        if torch.finfo(positions.dtype).eps * translation > float(heights.min()) / 8:
+        lengths = torch.linalg.vector_norm(lattice, dim=1)
+        translation = float((largest * lengths).sum())
+        # W itself is found in float64: far out, a skewed cell loses that too.
+        condition = float(lengths.prod() / torch.linalg.svdvals(lattice).prod())
+        farthest = float(positions[atoms].abs().max()) + float(lengths.sum())
+        blur = max(
+            torch.finfo(positions.dtype).eps * translation,
+            16 * torch.finfo(torch.float64).eps * condition * farthest,
+        )
+        if blur > float(heights.min()) / 8:
             raise _validate.data_error("images_blur", positions, None, system)
         wraps[:, axes] = (whole - whole.amin(0)).to(torch.int64)
         for axis, height in zip(axes, heights.tolist(), strict=True):

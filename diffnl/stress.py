@@ -21,14 +21,10 @@ def strained(
         The strained positions (N, 3) and cell, differentiable in all inputs.
     """
     positions = _validate.positions(positions)
-    cells = _validate.cell(cell, positions)
-    system_idx = _validate.system_idx(system_idx, positions)
-    _validate.systems(cells, _validate.pbc(None, positions), system_idx, positions)
+    system_idx = _validate.system_of_atom(system_idx, _validate.cell(cell, positions), positions)
     eps = _validate.strain(strain, cell)
-    if cell.ndim == 2:
-        moved = positions @ eps
-    elif system_idx is None:
-        moved = positions @ eps[0]
+    if system_idx is None:
+        moved = positions @ eps.reshape(3, 3)
     else:
         moved = (positions.unsqueeze(1) @ eps[system_idx]).squeeze(1)
     return positions + moved, cell + cell @ eps
@@ -64,26 +60,26 @@ def forces_and_stress(
         TypeError: wrong types or dtypes.
     """
     positions = _validate.requires_grad("positions", _validate.positions(positions))
-    system_idx = _validate.system_idx(system_idx, positions)
     if cell is None:
-        num_systems = 1 if system_idx is None or energy.ndim != 1 else energy.shape[0]
-        energy = _validate.energy(energy, num_systems)
+        system_idx = _validate.system_idx(system_idx, positions)
+        energy = _validate.energy(energy, None)
         (grad,) = torch.autograd.grad(
             energy.sum(), (positions,), create_graph=create_graph, materialize_grads=True
         )
         return -grad, None
 
-    cells = _validate.cell(_validate.requires_grad("cell", cell), positions)
-    _validate.systems(cells, _validate.pbc(None, positions), system_idx, positions)
+    cells = _validate.requires_grad("cell", _validate.cell(cell, positions))
+    system_idx = _validate.system_of_atom(system_idx, cells, positions)
     energy = _validate.energy(energy, cells.shape[0])
     grad_positions, grad_cell = torch.autograd.grad(
         energy.sum(), (positions, cell), create_graph=create_graph, materialize_grads=True
     )
-    if cell.ndim == 2 or system_idx is None:
-        from_positions = (positions.mT @ grad_positions).expand_as(cell)
-    else:
-        outer = positions.unsqueeze(2) * grad_positions.unsqueeze(1)
-        from_positions = torch.zeros_like(cell).index_add(0, system_idx, outer)
-    strain_gradient = from_positions + cell.mT @ grad_cell
-    volume = torch.linalg.det(cell).abs()[..., None, None]
-    return -grad_positions, 0.5 * (strain_gradient + strain_gradient.mT) / volume
+    with torch.set_grad_enabled(create_graph):
+        if system_idx is None:
+            from_positions = (positions.mT @ grad_positions).expand_as(cell)
+        else:
+            outer = positions.unsqueeze(2) * grad_positions.unsqueeze(1)
+            from_positions = torch.zeros_like(cell).index_add(0, system_idx, outer)
+        strain_gradient = from_positions + cell.mT @ grad_cell
+        volume = torch.linalg.det(cell).abs()[..., None, None]
+        return -grad_positions, 0.5 * (strain_gradient + strain_gradient.mT) / volume
