@@ -202,6 +202,7 @@ void CellList<T>::sort_into_bins(const SearchInput<T>& in) {
 
   for (int k = 0; k < 3; ++k) {
     atoms_.r[k].resize(n);
+    atoms_.wrapped[k].resize(n);
     atoms_.w[k].resize(n);
   }
   atoms_.index.resize(n);
@@ -211,9 +212,13 @@ void CellList<T>::sort_into_bins(const SearchInput<T>& in) {
     for (int64_t a = first; a < last; ++a) {
       const size_t to = static_cast<size_t>(a), from = static_cast<size_t>(order[to]);
       const int64_t i = atom_at(static_cast<int64_t>(from));
-      const Vec3<double>& w = w_[from];
-      for (int k = 0; k < 3; ++k) atoms_.r[k][to] = in.positions[3 * i + k];
-      const double* lowest = system(system_at(static_cast<int64_t>(from))).lowest_wrap;
+      const System& s = system(system_at(static_cast<int64_t>(from)));
+      const Vec3<double>&w = w_[from], &q = q_[from];
+      for (int k = 0; k < 3; ++k) {
+        atoms_.r[k][to] = in.positions[3 * i + k];
+        atoms_.wrapped[k][to] = static_cast<T>(cell_translation(q.x, q.y, q.z, s.cell.h, k));
+      }
+      const double* lowest = s.lowest_wrap;
       atoms_.w[0][to] = static_cast<T>(w.x - lowest[0]);
       atoms_.w[1][to] = static_cast<T>(w.y - lowest[1]);
       atoms_.w[2][to] = static_cast<T>(w.z - lowest[2]);

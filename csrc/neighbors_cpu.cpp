@@ -75,6 +75,33 @@ template <typename T>
   }
 }
 
+template <typename T>
+struct Box {
+  T centre[3], half[3];  // half the edges
+};
+
+// Four times the squared distances of points, moved by `image`, to a box; 0 inside: 2 max(d, 0) = d + |d|
+// needs no comparison, which the compiler would not vectorize everywhere.
+template <typename T>
+[[gnu::always_inline]] inline void gap_loop(const T* __restrict x, const T* __restrict y, const T* __restrict z,
+                                            int size, Vec3<T> image, const Box<T>& box, T* __restrict gap4) {
+  const T x0 = image.x - box.centre[0], y0 = image.y - box.centre[1], z0 = image.z - box.centre[2];
+  for (int n = 0; n < size; ++n) {
+    const T dx = std::abs(x[n] + x0) - box.half[0];
+    const T dy = std::abs(y[n] + y0) - box.half[1];
+    const T dz = std::abs(z[n] + z0) - box.half[2];
+    gap4[n] = squared_length<T>({dx + std::abs(dx), dy + std::abs(dy), dz + std::abs(dz)});
+  }
+}
+
+DIFFNL_VECTOR_CLONES void measure_gaps4(const float* x, const float* y, const float* z, int size,
+                                       Vec3<float> image, const Box<float>& box, float* gap4) {
+  gap_loop(x, y, z, size, image, box, gap4);
+}
+DIFFNL_VECTOR_CLONES void measure_gaps4(const double* x, const double* y, const double* z, int size,
+                                       Vec3<double> image, const Box<double>& box, double* gap4) {
+  gap_loop(x, y, z, size, image, box, gap4);
+}
 DIFFNL_VECTOR_CLONES void translate(Tile<float>& t, const float* h) { translate_loop(t, h); }
 DIFFNL_VECTOR_CLONES void translate(Tile<double>& t, const double* h) { translate_loop(t, h); }
 DIFFNL_VECTOR_CLONES int count_within(const Tile<float>& t, Vec3<float> r, float c2) {
@@ -82,6 +109,35 @@ DIFFNL_VECTOR_CLONES int count_within(const Tile<float>& t, Vec3<float> r, float
 }
 DIFFNL_VECTOR_CLONES int count_within(const Tile<double>& t, Vec3<double> r, double c2) {
   return count_loop(t, r, c2);
+}
+// The chosen entries of a tile as one stretch of row i.
+template <typename T>
+[[gnu::always_inline]] inline void write_loop(const Tile<T>& t, Vec3<T> ri, const int32_t* __restrict chosen,
+                                              int count, int64_t* __restrict mapping_j,
+                                              int32_t* __restrict shifts, T* __restrict vectors) {
+  for (int n = 0; n < count; ++n) mapping_j[n] = t.j[chosen[n]];
+  for (int n = 0; n < count; ++n) {
+    const int c = chosen[n];
+    shifts[3 * n] = static_cast<int32_t>(t.s0[c] + t.w0);
+    shifts[3 * n + 1] = static_cast<int32_t>(t.s1[c] + t.w1);
+    shifts[3 * n + 2] = static_cast<int32_t>(t.s2[c] + t.w2);
+  }
+  for (int n = 0; n < count; ++n) {
+    const int c = chosen[n];
+    const Vec3<T> v = pair_vector<T>(ri, {t.x[c], t.y[c], t.z[c]}, {t.tx[c], t.ty[c], t.tz[c]});
+    vectors[3 * n] = v.x;
+    vectors[3 * n + 1] = v.y;
+    vectors[3 * n + 2] = v.z;
+  }
+}
+
+DIFFNL_VECTOR_CLONES void write_row(const Tile<float>& t, Vec3<float> r, const int32_t* chosen, int count,
+                                    int64_t* mapping_j, int32_t* shifts, float* vectors) {
+  write_loop(t, r, chosen, count, mapping_j, shifts, vectors);
+}
+DIFFNL_VECTOR_CLONES void write_row(const Tile<double>& t, Vec3<double> r, const int32_t* chosen, int count,
+                                    int64_t* mapping_j, int32_t* shifts, double* vectors) {
+  write_loop(t, r, chosen, count, mapping_j, shifts, vectors);
 }
 DIFFNL_VECTOR_CLONES void measure(Tile<float>& t, Vec3<float> r) { measure_loop(t, r); }
 DIFFNL_VECTOR_CLONES void measure(Tile<double>& t, Vec3<double> r) { measure_loop(t, r); }
@@ -224,22 +280,9 @@ struct FillSink {
     const int64_t i = search.list.atoms().index[static_cast<size_t>(a)];
     const int64_t first = next[i];
     next[i] += count;
-    int64_t* mapping_i = out.mapping + first;
-    int64_t* mapping_j = out.mapping + num_pairs + first;
-    int32_t* shifts = out.shifts + 3 * first;
-    T* vectors = out.vectors + 3 * first;
-    for (int n = 0; n < count; ++n) {
-      const size_t c = static_cast<size_t>(chosen[static_cast<size_t>(n)]);
-      mapping_i[n] = i;
-      mapping_j[n] = tile.j[c];
-      shifts[3 * n] = static_cast<int32_t>(tile.s0[c] + tile.w0);
-      shifts[3 * n + 1] = static_cast<int32_t>(tile.s1[c] + tile.w1);
-      shifts[3 * n + 2] = static_cast<int32_t>(tile.s2[c] + tile.w2);
-      const Vec3<T> v = pair_vector<T>(ri, {tile.x[c], tile.y[c], tile.z[c]}, {tile.tx[c], tile.ty[c], tile.tz[c]});
-      vectors[3 * n] = v.x;
-      vectors[3 * n + 1] = v.y;
-      vectors[3 * n + 2] = v.z;
-    }
+    std::fill_n(out.mapping + first, count, i);
+    write_row(tile, ri, chosen.data(), count, out.mapping + num_pairs + first, out.shifts + 3 * first,
+              out.vectors + 3 * first);
     return count;
   }
 
@@ -273,6 +316,18 @@ struct FillSink {
   }
 };
 
+template <typename T>
+Box<T> bounding_box(const SortedAtoms<T>& atoms, int64_t first, int64_t last) {
+  Box<T> box;
+  for (int k = 0; k < 3; ++k) {
+    const auto [low, high] =
+        std::minmax_element(atoms.wrapped[k].begin() + first, atoms.wrapped[k].begin() + last);
+    box.centre[k] = (*low + *high) / 2;
+    box.half[k] = (*high - *low) / 2;
+  }
+  return box;
+}
+
 // All candidates of the atoms first .. last, which share a bin, tile by tile into the sink.
 template <typename T, typename Sink>
 void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>& tile, Sink& sink,
@@ -301,31 +356,53 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
     tile.home_first = tile.home_last = 0;
   };
 
+  // Only candidates within reach of the box around the bin's atoms enter the tile.
+  const System& system = search.list.system(b);
+  const double radius = system.radius;
+  const Box<T> box = bounding_box(atoms, first, last);
+  const T limit4 = static_cast<T>(4.0 * radius * radius * (1.0 + 8.0 * std::numeric_limits<T>::epsilon()));
+  std::array<T, kTileSize> gap4;
+  Selection near;
+
   const auto visit = [&](int64_t begin, int64_t end, const int64_t* m) {
     const bool home_image = m[0] == 0 && m[1] == 0 && m[2] == 0;
-    const T m0 = static_cast<T>(m[0]), m1 = static_cast<T>(m[1]), m2 = static_cast<T>(m[2]);
-    while (begin < end) {
-      const int64_t taken = std::min<int64_t>(end - begin, kTileSize - tile.size);
-      if (home_image && begin < last && first < begin + taken) {
-        tile.home_first = begin;
-        tile.home_last = begin + taken;
-        tile.home_shift = begin - tile.size;
+    const double m0 = static_cast<double>(m[0]), m1 = static_cast<double>(m[1]), m2 = static_cast<double>(m[2]);
+    const double* lattice = system.cell.h;
+    const Vec3<T> image{static_cast<T>(cell_translation(m0, m1, m2, lattice, 0)),
+                        static_cast<T>(cell_translation(m0, m1, m2, lattice, 1)),
+                        static_cast<T>(cell_translation(m0, m1, m2, lattice, 2))};
+    for (; begin < end; begin += kTileSize) {
+      const int size = static_cast<int>(std::min<int64_t>(end - begin, kTileSize));
+      const size_t from = static_cast<size_t>(begin);
+      measure_gaps4(atoms.wrapped[0].data() + from, atoms.wrapped[1].data() + from, atoms.wrapped[2].data() + from,
+                   size, image, box, gap4.data());
+      const int num_near = select_below(gap4.data(), size, limit4, near.data());
+      for (int k = 0; k < num_near;) {
+        const int taken = std::min(num_near - k, kTileSize - tile.size);
+        const int32_t* entries = near.data() + k;
+        if (home_image) {
+          // The bin's own atoms are all near, so they follow each other in the tile too.
+          const int32_t* own = std::lower_bound(entries, entries + taken, first - begin);
+          if (own != entries + taken && *own < last - begin) {
+            tile.home_first = begin + *own;
+            tile.home_last = std::min(last, tile.home_first + (entries + taken - own));
+            tile.home_shift = tile.home_first - (tile.size + (own - entries));
+          }
+        }
+        for (int n = 0; n < taken; ++n) {
+          const size_t a = from + static_cast<size_t>(entries[n]), to = static_cast<size_t>(tile.size + n);
+          tile.x[to] = atoms.r[0][a];
+          tile.y[to] = atoms.r[1][a];
+          tile.z[to] = atoms.r[2][a];
+          tile.s0[to] = static_cast<T>(m0) - atoms.w[0][a];
+          tile.s1[to] = static_cast<T>(m1) - atoms.w[1][a];
+          tile.s2[to] = static_cast<T>(m2) - atoms.w[2][a];
+          tile.j[to] = atoms.index[a];
+        }
+        tile.size += taken;
+        k += taken;
+        if (tile.size == kTileSize) flush();
       }
-      const size_t from = static_cast<size_t>(begin), count = static_cast<size_t>(taken);
-      const size_t to = static_cast<size_t>(tile.size);
-#pragma GCC ivdep
-      for (size_t n = 0; n < count; ++n) {
-        tile.x[to + n] = atoms.r[0][from + n];
-        tile.y[to + n] = atoms.r[1][from + n];
-        tile.z[to + n] = atoms.r[2][from + n];
-        tile.s0[to + n] = m0 - atoms.w[0][from + n];
-        tile.s1[to + n] = m1 - atoms.w[1][from + n];
-        tile.s2[to + n] = m2 - atoms.w[2][from + n];
-        tile.j[to + n] = atoms.index[from + n];
-      }
-      tile.size += static_cast<int>(taken);
-      begin += taken;
-      if (tile.size == kTileSize) flush();
     }
     return !budget.exhausted();
   };

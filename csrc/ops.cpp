@@ -3,6 +3,7 @@
 // Callers go through diffnl/_ops.py, which has checked shapes, dtypes and devices. What is checked here again
 // only keeps a direct call of an operator from reading outside its tensors.
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -45,8 +46,23 @@ ScalarType floating_dtype(const Tensor& t) {
   return dtype;
 }
 
+// A large output is fresh memory from the kernel, and getting it in pages of 4 KiB can cost more than the
+// search that fills it: ask for large pages where the system leaves the choice to the program.
+void prefer_large_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(page - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  const Tensor t = torch::stable::new_empty(like, shape, dtype);
+  prefer_large_pages(t.mutable_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+  return t;
 }
 
 template <typename T>

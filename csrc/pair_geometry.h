@@ -152,10 +152,11 @@ inline Reach make_reach(const SearchCell& cell, double cutoff, const double* wra
     lengths += cell.length[k];
     spacing = std::min(spacing, cell.height[k]);
   }
-  // Six roundings make up v; each is at most eps/2 of a term no larger than translation + extent + cutoff.
+  // Six roundings make up v, as many a wrapped position and its image; each is at most eps/2 of a term no
+  // larger than translation + extent + cutoff.
   // Filing: r - W @ h cancels terms |W_k| |h_k| <= condition * |r|.
   const double filing = 16.0 * eps64 * cell.condition * (largest_position + lengths + extent);
-  out.rounding = 8.0 * eps * (translation + extent + cutoff) + filing;
+  out.rounding = 16.0 * eps * (translation + extent + cutoff) + filing;
   out.shift_overflows = !(out.largest_shift < 2147483647.0);
   out.images_blur = eps * translation > spacing / 8.0 || filing > spacing / 8.0;
   return out;
