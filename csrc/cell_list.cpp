@@ -126,8 +126,7 @@ void CellList<T>::choose_grids(const SearchInput<T>& in) {
       wrap_range[k] = w_high[k] - w_low[k];
       extent += s.cell.periodic[k] ? s.cell.length[k] : q_high[k] - q_low[k];
     }
-    const Reach reach =
-        make_reach<T>(s.cell, in.cutoff, wrap_range, extent, static_cast<double>(largest));
+    const Reach reach = make_reach<T>(s.cell, in.cutoff, wrap_range, extent, static_cast<double>(largest));
     if (reach.shift_overflows) data_error("shift_overflows", static_cast<int64_t>(b));
     if (reach.images_blur) data_error("images_blur", static_cast<int64_t>(b));
     s.radius = in.cutoff + reach.rounding;
@@ -166,8 +165,7 @@ void CellList<T>::sort_into_bins(const SearchInput<T>& in) {
       int64_t bin[3];
       for (int k = 0; k < 3; ++k) {
         const double position = (coordinate[k] - s.origin[k]) * s.bins_per_unit[k];
-        bin[k] = static_cast<int64_t>(
-            std::min(std::max(position, 0.0), static_cast<double>(s.axis[k].bins - 1)));
+        bin[k] = static_cast<int64_t>(std::min(std::max(position, 0.0), static_cast<double>(s.axis[k].bins - 1)));
       }
       key[static_cast<size_t>(g)] = (bin[0] * s.axis[1].bins + bin[1]) * s.axis[2].bins + bin[2];
     }

@@ -39,14 +39,14 @@ struct SearchInput {
 struct System {
   SearchCell cell;
   AxisBins axis[3];
-  double origin[3];        // smallest fractional coordinate: 0 on periodic axes
-  double bins_per_unit[3]; // bin = (q - origin) * bins_per_unit
-  double lowest_wrap[3];   // min W over its atoms
-  double radius;           // cutoff plus the bound on rounding
-  double bin_diagonal;     // largest distance between two points of one bin
-  int64_t first_atom = 0;  // of this system, in sorted order
+  double origin[3];         // smallest fractional coordinate: 0 on periodic axes
+  double bins_per_unit[3];  // bin = (q - origin) * bins_per_unit
+  double lowest_wrap[3];    // min W over its atoms
+  double radius;            // cutoff plus the bound on rounding
+  double bin_diagonal;      // largest distance between two points of one bin
+  int64_t first_atom = 0;   // of this system, in sorted order
   int64_t num_atoms = 0;
-  int64_t table = -1;      // first entry in `starts`, or -1: bisect the keys
+  int64_t table = -1;  // first entry in `starts`, or -1: bisect the keys
 };
 
 // Atoms in sorted order, one array a field.
@@ -70,7 +70,8 @@ class CellList {
   const System& system(int64_t b) const { return systems_[static_cast<size_t>(b)]; }
 
   // Calls visit(first, last, m) for each non-empty run of sorted atoms that may hold neighbours of the atoms
-  // in bin `key` of system `b`; m are the three integers of the image the run is taken from. Ends early when visit returns false.
+  // in bin `key` of system `b`; m are the three integers of the image the run is taken from. Ends early when visit
+  // returns false.
   template <typename Visit>
   void for_each_run(int64_t b, int64_t key, const Visit& visit) const;
 
@@ -81,11 +82,11 @@ class CellList {
   void sort_into_bins(const SearchInput<T>& in);
 
   std::vector<System> systems_;
-  std::vector<int64_t> starts_;       // dense tables of all systems, each with one closing entry
-  std::vector<int64_t> grouped_;      // atoms ordered by system; empty when there is one system
-  std::vector<int32_t> system_;       // of the g-th grouped atom; empty when there is one system
-  std::vector<Vec3<double>> q_;       // wrapped fractional coordinates of the g-th grouped atom
-  std::vector<Vec3<double>> w_;       // its W
+  std::vector<int64_t> starts_;   // dense tables of all systems, each with one closing entry
+  std::vector<int64_t> grouped_;  // atoms ordered by system; empty when there is one system
+  std::vector<int32_t> system_;   // of the g-th grouped atom; empty when there is one system
+  std::vector<Vec3<double>> q_;   // wrapped fractional coordinates of the g-th grouped atom
+  std::vector<Vec3<double>> w_;   // its W
   SortedAtoms<T> atoms_;
 
   int64_t atom_at(int64_t g) const { return grouped_.empty() ? g : grouped_[static_cast<size_t>(g)]; }

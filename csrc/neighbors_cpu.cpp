@@ -35,11 +35,11 @@ constexpr int kTileSize = 1024;
 template <typename T>
 struct Tile {
   int size = 0;
-  std::array<T, kTileSize> x, y, z;           // positions as given
-  std::array<T, kTileSize> s0, s1, s2;        // m - W_j
-  std::array<T, kTileSize> tx, ty, tz;        // t for W_i = (w0, w1, w2)
-  std::array<T, kTileSize> d2;                // of the atom tested last
-  std::array<int64_t, kTileSize> j;           // the caller's number of the candidate
+  std::array<T, kTileSize> x, y, z;     // positions as given
+  std::array<T, kTileSize> s0, s1, s2;  // m - W_j
+  std::array<T, kTileSize> tx, ty, tz;  // t for W_i = (w0, w1, w2)
+  std::array<T, kTileSize> d2;          // of the atom tested last
+  std::array<int64_t, kTileSize> j;     // the caller's number of the candidate
   T w0 = 0, w1 = 0, w2 = 0;
   // Where the bin's own atoms stand with S = 0: sorted atom a is entry a - home_shift.
   int64_t home_first = 0, home_last = 0, home_shift = 0;
@@ -95,11 +95,11 @@ template <typename T>
 }
 
 DIFFNL_VECTOR_CLONES void measure_gaps4(const float* x, const float* y, const float* z, int size,
-                                       Vec3<float> image, const Box<float>& box, float* gap4) {
+                                        Vec3<float> image, const Box<float>& box, float* gap4) {
   gap_loop(x, y, z, size, image, box, gap4);
 }
 DIFFNL_VECTOR_CLONES void measure_gaps4(const double* x, const double* y, const double* z, int size,
-                                       Vec3<double> image, const Box<double>& box, double* gap4) {
+                                        Vec3<double> image, const Box<double>& box, double* gap4) {
   gap_loop(x, y, z, size, image, box, gap4);
 }
 DIFFNL_VECTOR_CLONES void translate(Tile<float>& t, const float* h) { translate_loop(t, h); }
@@ -113,8 +113,8 @@ DIFFNL_VECTOR_CLONES int count_within(const Tile<double>& t, Vec3<double> r, dou
 // The chosen entries of a tile as one stretch of row i.
 template <typename T>
 [[gnu::always_inline]] inline void write_loop(const Tile<T>& t, Vec3<T> ri, const int32_t* __restrict chosen,
-                                              int count, int64_t* __restrict mapping_j,
-                                              int32_t* __restrict shifts, T* __restrict vectors) {
+                                              int count, int64_t* __restrict mapping_j, int32_t* __restrict shifts,
+                                              T* __restrict vectors) {
   for (int n = 0; n < count; ++n) mapping_j[n] = t.j[chosen[n]];
   for (int n = 0; n < count; ++n) {
     const int c = chosen[n];
@@ -244,7 +244,7 @@ struct Search {
 template <typename T>
 struct CountSink {
   const Search<T>& search;
-  int64_t* counts;                    // (N,), by the caller's number of the atom
+  int64_t* counts;  // (N,), by the caller's number of the atom
   Selection chosen;
 
   int take(Tile<T>& tile, int64_t a) {
@@ -375,7 +375,7 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
       const int size = static_cast<int>(std::min<int64_t>(end - begin, kTileSize));
       const size_t from = static_cast<size_t>(begin);
       measure_gaps4(atoms.wrapped[0].data() + from, atoms.wrapped[1].data() + from, atoms.wrapped[2].data() + from,
-                   size, image, box, gap4.data());
+                    size, image, box, gap4.data());
       const int num_near = select_below(gap4.data(), size, limit4, near.data());
       for (int k = 0; k < num_near;) {
         const int taken = std::min(num_near - k, kTileSize - tile.size);
@@ -449,9 +449,8 @@ void search_cpu(const SearchInput<T>& in, const std::function<PairOutput<T>(int6
   const PairOutput<T> out = allocate(num_pairs);
   std::copy_n(offsets.begin(), n, counts.begin());  // from here on: where each row continues
   Budget unlimited(std::numeric_limits<int64_t>::max());
-  traverse(search, unlimited, [&] {
-    return FillSink<T>{search, out, num_pairs, offsets.data(), counts.data(), {}};
-  });
+  traverse(search, unlimited,
+           [&] { return FillSink<T>{search, out, num_pairs, offsets.data(), counts.data(), {}}; });
 }
 
 template void search_cpu(const SearchInput<float>&, const std::function<PairOutput<float>(int64_t)>&);

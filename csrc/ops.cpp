@@ -94,7 +94,6 @@ std::optional<Tensor> packed(const std::optional<Tensor>& t) {
 // Linux grants memory that it does not have. Asking for all of it at once, without touching it, fails where
 // three requests in turn would succeed and end in a killed process.
 void check_memory(int64_t num_pairs, int64_t bytes) {
-  if (bytes < (int64_t(1) << 30)) return;
   void* probe = std::malloc(static_cast<size_t>(bytes));
   if (probe == nullptr) data_error("out_of_memory", num_pairs);
   std::free(probe);
@@ -112,8 +111,14 @@ std::tuple<Tensor, Tensor, Tensor> search(const Tensor& positions, const Tensor&
     return PairOutput<T>{mutable_data<int64_t>(*mapping), mutable_data<int32_t>(*shifts),
                          mutable_data<T>(*vectors)};
   };
-  const SearchInput<T> in{data<T>(positions), data<T>(cell), data<bool>(pbc), system_idx,
-                          positions.size(0),  cell.size(0),  cutoff,          full,
+  const SearchInput<T> in{data<T>(positions),
+                          data<T>(cell),
+                          data<bool>(pbc),
+                          system_idx,
+                          positions.size(0),
+                          cell.size(0),
+                          cutoff,
+                          full,
                           sorted};
   search_cpu<T>(in, allocate);
   return {*mapping, *shifts, *vectors};
@@ -143,9 +148,7 @@ class HeldList {
  public:
   HeldList(const Tensor& mapping, const std::optional<Tensor>& shifts, const std::optional<Tensor>& system_idx,
            int64_t num_atoms, int64_t num_systems, bool uses_cell)
-      : mapping_(packed(mapping)),
-        shifts_(packed(shifts)),
-        system_idx_(packed(system_idx)) {
+      : mapping_(packed(mapping)), shifts_(packed(shifts)), system_idx_(packed(system_idx)) {
     check_shape(mapping, "mapping", {2, -1});
     check_dtype(mapping, "mapping", ScalarType::Long);
     const int64_t num_pairs = mapping.size(1);

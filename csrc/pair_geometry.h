@@ -45,11 +45,11 @@ inline T squared_length(Vec3<T> v) {
 // an open axis they are a length in the length unit of the positions.
 struct SearchCell {
   double h[9];
-  double inverse[9];   // q = r @ inverse
-  double height[3];    // distance between neighbouring lattice planes of axis k; 1 on open axes
-  double length[3];    // |h_k| on periodic axes, 0 on open ones
+  double inverse[9];  // q = r @ inverse
+  double height[3];   // distance between neighbouring lattice planes of axis k; 1 on open axes
+  double length[3];   // |h_k| on periodic axes, 0 on open ones
   bool periodic[3];
-  double condition;    // prod |h_k| / |det h| >= 1: how much rounding the inverse amplifies
+  double condition;  // prod |h_k| / |det h| >= 1: how much rounding the inverse amplifies
 };
 
 inline void cross(const double* a, const double* b, double* out) {
@@ -129,10 +129,10 @@ inline Vec3<double> fractional(const SearchCell& cell, Vec3<double> r) {
 
 // What the wraps W (cell numbers of the atoms) and the cutoff allow for S, and how far off rounding can be.
 struct Reach {
-  double largest_shift;   // max over axes of |S_k|
-  double rounding;        // bound on the difference of the exact arithmetic and real arithmetic, in length
-  bool shift_overflows;   // some S may not fit int32
-  bool images_blur;       // rounding is of the order of the distance between images
+  double largest_shift;  // max over axes of |S_k|
+  double rounding;       // bound on the difference of the exact arithmetic and real arithmetic, in length
+  bool shift_overflows;  // some S may not fit int32
+  bool images_blur;      // rounding is of the order of the distance between images
 };
 
 // `wrap_range[k]` is max W_k - min W_k over the atoms of the system; `extent` bounds |r'_j - r'_i| of
@@ -180,18 +180,20 @@ inline AxisBins axis_bins(double length, double radius, bool periodic, int64_t r
 }
 
 // Chooses R in 1 .. 3, the same for all axes, by the work it makes for one atom. Narrow bins propose fewer
-// candidates (the stencil of R = 1 holds 6.4 spheres, of R = 2 3.7); wide bins share the collecting of
-// candidates among more atoms. Prices are in units of one tested candidate (0.5 ns on a 2024 server core).
+// candidates (the stencil of R = 1 holds the volume of 6.4 cutoff spheres, that of R = 2 of 3.7); wide bins share
+// the collecting of candidates among more atoms. Prices are in units of one tested candidate, fitted to times of
+// both.
 inline void choose_bins(const double* length, const bool* periodic, double radius, double num_atoms,
                         AxisBins* chosen) {
-  constexpr double price_of_run = 30.0, price_of_copy = 2.0;
+  constexpr double price_of_run = 200.0, price_of_copy = 4.0;
   double least = std::numeric_limits<double>::infinity();
   for (int64_t reach = 1; reach <= 3; ++reach) {
     AxisBins axes[3];
     double runs = 1.0, candidates = num_atoms, atoms_in_bin = num_atoms;
     for (int k = 0; k < 3; ++k) {
       axes[k] = axis_bins(length[k], radius, periodic[k], reach);
-      const double bins = static_cast<double>(axes[k].bins), stencil = 2.0 * static_cast<double>(axes[k].reach) + 1.0;
+      const double bins = static_cast<double>(axes[k].bins),
+                   stencil = 2.0 * static_cast<double>(axes[k].reach) + 1.0;
       runs *= k < 2 ? stencil : 1.0 + (periodic[k] ? stencil / bins : 0.0);
       candidates *= periodic[k] ? stencil / bins : std::min(stencil / bins, 1.0);
       atoms_in_bin /= bins;

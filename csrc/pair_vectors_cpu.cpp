@@ -146,8 +146,8 @@ void adjoint(const PairList& list, const T* grad, T* grad_positions, T* grad_cel
   // Enough chunks to share the work among threads, few enough that clearing and adding the accumulators is
   // small next to reading the list.
   const int64_t row_size = kPositions ? 4 * list.num_atoms : 0, cell_size = kCell ? 9 * list.num_systems : 0;
-  const int64_t chunks = std::clamp<int64_t>(list.num_pairs / std::max(2 * (row_size + cell_size), kPairBlock / 2),
-                                             1, kMostChunks);
+  const int64_t chunks =
+      std::clamp<int64_t>(list.num_pairs / std::max(2 * (row_size + cell_size), kPairBlock / 2), 1, kMostChunks);
   const std::unique_ptr<T[]> rows(new T[static_cast<size_t>(chunks * row_size)]);
   const std::unique_ptr<double[]> cells(new double[static_cast<size_t>(chunks * cell_size)]);
   std::atomic<int64_t> bad_pair{-1};

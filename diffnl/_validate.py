@@ -126,7 +126,9 @@ def systems(
             f"`pbc` must have shape (3,) or (B, 3) with B = {num_systems}, the number of cells; got {_shape(pbc)}"
         )
     if num_systems == 0 and positions.shape[0] > 0:
-        raise ValueError(f"`cell` must hold at least one cell for {positions.shape[0]} atoms; got {_shape(cell)}")
+        raise ValueError(
+            f"`cell` must hold at least one cell for {positions.shape[0]} atoms; got {_shape(cell)}"
+        )
     if num_systems > 1 and system_idx is None:
         raise ValueError(
             f"`system_idx` must be given, of shape ({positions.shape[0]},), for {num_systems} cells; got None"

@@ -153,4 +153,6 @@ def _check_data(positions: Tensor, cell: Tensor, pbc: Tensor, system_idx: Tensor
         bad = torch.nonzero((system_idx < 0) | (system_idx >= cell.shape[0])).flatten()
         if len(bad) > 0:
             atom = int(bad[0])
-            raise _validate.data_error("system_idx_out_of_range", positions, cell, int(system_idx[atom]), atom)
+            raise _validate.data_error(
+                "system_idx_out_of_range", positions, cell, int(system_idx[atom]), atom
+            )

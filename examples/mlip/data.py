@@ -1,0 +1,193 @@
+"""Labelled structures: reading, checking, batching, and a set made on the spot when no file is given."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import ase.build
+import ase.io
+import numpy as np
+import torch
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import complete_cell
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+
+
+class LabelError(ValueError):
+    """A file that cannot be trained on; the message names the file and the frame."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One labelled structure, float64 on the CPU.
+
+    `numbers` (N,) int64; `positions` (N, 3) and `cell` (3, 3) in Å; `pbc` (3,) bool; `energy` () in eV;
+    `forces` (N, 3) in eV/Å; `stress` (3, 3) in eV/Å³, ASE's sign. `has_stress` is False for a frame in open
+    boundaries, where stress has no meaning: its `stress` is zero and is never looked at.
+    """
+
+    numbers: torch.Tensor
+    positions: torch.Tensor
+    cell: torch.Tensor
+    pbc: torch.Tensor
+    energy: torch.Tensor
+    forces: torch.Tensor
+    stress: torch.Tensor
+    has_stress: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B frames as one: `positions` (N, 3), `cell` (B, 3, 3), `pbc` (B, 3), `system_idx` (N,); labels float64.
+
+    `energy` (B,), `forces` (N, 3), `stress` (B, 3, 3), `has_stress` (B,) bool, `counts` (B,) atoms in each
+    system.
+    """
+
+    numbers: torch.Tensor
+    positions: torch.Tensor
+    cell: torch.Tensor
+    pbc: torch.Tensor
+    system_idx: torch.Tensor
+    counts: torch.Tensor
+    energy: torch.Tensor
+    forces: torch.Tensor
+    stress: torch.Tensor
+    has_stress: torch.Tensor
+
+
+def safe_cell(atoms: ase.Atoms) -> np.ndarray:
+    """The cell (3, 3), with vectors of 1 Å for open axes that have none, so that it has a volume."""
+    return np.asarray(complete_cell(atoms.cell.array), dtype=float)
+
+
+def stress_is_defined(atoms: ase.Atoms) -> bool:
+    """Whether a stress means anything: some axis is periodic and the cell has a volume."""
+    return bool(atoms.pbc.any()) and atoms.cell.rank == 3
+
+
+def frame_from_atoms(atoms: ase.Atoms, name: str) -> Frame:
+    """`atoms` with a calculator's labels -> `Frame`. Raises LabelError, opening with `name`."""
+    labels = atoms.calc.results if atoms.calc is not None else {}
+    shapes = {"energy": [()], "forces": [(len(atoms), 3)], "stress": [(6,), (3, 3)]}
+    if len(atoms) == 0:
+        raise LabelError(f"{name} has no atoms")
+    if np.linalg.matrix_rank(atoms.cell[atoms.pbc]) < atoms.pbc.sum():
+        raise LabelError(f"{name} is periodic along a cell vector that is zero or depends on the others")
+    if not stress_is_defined(atoms):
+        del shapes["stress"]
+    values = {}
+    for key, allowed in shapes.items():
+        if labels.get(key) is None:
+            raise LabelError(
+                f"{name} has no {key}: training needs energy, forces and stress of every periodic structure, "
+                f"as ASE stores them (extended XYZ: `energy=`, a `forces:R:3` column, `stress=` in eV/Å³); "
+                f"this frame has {', '.join(sorted(labels)) or 'no labels'}"
+            )
+        values[key] = np.asarray(labels[key], dtype=float)
+        if values[key].shape not in allowed:
+            raise LabelError(f"{name}: its {key} has shape {values[key].shape}, expected {allowed[0]}")
+        if not np.isfinite(values[key]).all():
+            raise LabelError(f"{name}: its {key} is not finite")
+    cell = safe_cell(atoms)
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(cell).all()):
+        raise LabelError(f"{name}: its positions or cell are not finite")
+    stress = values.get("stress", np.zeros((3, 3)))
+    return Frame(
+        torch.from_numpy(atoms.numbers.astype(np.int64)),
+        torch.from_numpy(atoms.positions.copy()),
+        torch.from_numpy(cell),
+        torch.from_numpy(atoms.pbc.copy()),
+        torch.as_tensor(values["energy"]),
+        torch.from_numpy(values["forces"].copy()),
+        torch.from_numpy(stress.copy() if stress.shape == (3, 3) else voigt_6_to_full_3x3_stress(stress)),
+        has_stress="stress" in values,
+    )
+
+
+def read_frames(path: str | Path) -> list[Frame]:
+    """Every frame of a file that ASE can read.
+
+    Raises LabelError, naming the file and the frame, for a missing or unusable label, and for a file
+    without any stress.
+    """
+    try:
+        images = ase.io.read(path, ":")
+    except Exception as error:  # ASE's readers raise whatever their parsing trips over
+        raise LabelError(f"{path}: ASE cannot read it ({type(error).__name__}: {error})") from error
+    if not images:
+        raise LabelError(f"{path} holds no frames")
+    frames = [frame_from_atoms(atoms, f"{path}: frame {index}") for index, atoms in enumerate(images)]
+    if not any(frame.has_stress for frame in frames):
+        raise LabelError(
+            f"{path}: frame 0 and all others are in open boundaries: there is no stress to train on"
+        )
+    return frames
+
+
+def atoms_from_frame(frame: Frame) -> ase.Atoms:
+    """`Frame` -> ase.Atoms that carries the labels."""
+    atoms = ase.Atoms(
+        frame.numbers.numpy(), frame.positions.numpy(), cell=frame.cell.numpy(), pbc=frame.pbc.numpy()
+    )
+    labels = {"energy": frame.energy.item(), "forces": frame.forces.numpy()}
+    if frame.has_stress:
+        labels["stress"] = full_3x3_to_voigt_6_stress(frame.stress.numpy())
+    atoms.calc = SinglePointCalculator(atoms, **labels)
+    return atoms
+
+
+def collate(frames: list[Frame], device: torch.device, dtype: torch.dtype) -> Batch:
+    """Frames -> one Batch on `device`, with positions and cells in `dtype`."""
+    counts = torch.tensor([len(frame.numbers) for frame in frames])
+    batch = Batch(
+        numbers=torch.cat([frame.numbers for frame in frames]),
+        positions=torch.cat([frame.positions for frame in frames]).to(dtype),
+        cell=torch.stack([frame.cell for frame in frames]).to(dtype),
+        pbc=torch.stack([frame.pbc for frame in frames]),
+        system_idx=torch.arange(len(frames)).repeat_interleave(counts),
+        counts=counts,
+        energy=torch.stack([frame.energy for frame in frames]),
+        forces=torch.cat([frame.forces for frame in frames]),
+        stress=torch.stack([frame.stress for frame in frames]),
+        has_stress=torch.tensor([frame.has_stress for frame in frames]),
+    )
+    return Batch(**{key: value.to(device) for key, value in vars(batch).items()})
+
+
+def split(frames: list[Frame], fraction: float, seed: int) -> tuple[list[Frame], list[Frame]]:
+    """A random split into training and validation frames, at least one of each."""
+    if len(frames) < 2:
+        raise LabelError(f"{len(frames)} training frame is too few: one is held out for validation")
+    held_out = min(max(1, round(fraction * len(frames))), len(frames) - 1)
+    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [frames[k] for k in sorted(order[held_out:])], [frames[k] for k in sorted(order[:held_out])]
+
+
+def fingerprint(*sets: list[Frame]) -> str:
+    """A hash of everything in the frames: a run is resumed on the data it was started on, or not at all."""
+    digest = hashlib.sha256()
+    for frames in sets:
+        digest.update(f"{len(frames)};".encode())
+        for frame in frames:
+            for value in vars(frame).values():
+                digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def make_copper(count: int, seed: int) -> list[Frame]:
+    """`count` fcc copper cells of 4 to 32 atoms, rattled (to 0.15 Å), strained (to 6 %), with EMT labels."""
+    random = np.random.default_rng(seed)
+    frames = []
+    for index in range(count):
+        atoms = ase.build.bulk("Cu", cubic=True) * [(2, 2, 2), (2, 2, 1), (1, 1, 2), (1, 1, 1)][index % 4]
+        strain = random.uniform(-0.06, 0.06, (3, 3))
+        atoms.set_cell(atoms.cell @ (np.eye(3) + (strain + strain.T) / 2), scale_atoms=True)
+        atoms.positions += random.normal(size=(len(atoms), 3)) * random.uniform(0.0, 0.15)
+        atoms.calc = EMT()
+        atoms.get_forces(), atoms.get_stress()
+        frames.append(frame_from_atoms(atoms, f"copper: frame {index}"))
+    return frames

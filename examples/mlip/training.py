@@ -1,0 +1,249 @@
+"""The training loop: loss, schedule, averaged weights, checkpoints that resume to the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import huber_loss
+
+import diffnl
+
+from .data import Batch, Frame, LabelError, collate
+from .model import ModelConfig, Potential, load_weights, weights
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers of a run, besides the data and the seed's random numbers."""
+
+    epochs: int
+    seed: int
+    batch_size: int
+    learning_rate: float
+    energy_weight: float
+    force_weight: float
+    stress_weight: float
+    averaging: float = 0.99
+    max_gradient: float = 10.0
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The spread of each label over the training set; errors are divided by it before they are compared."""
+
+    energy: float  # eV/atom, about the reference energies
+    forces: float  # eV/Å
+    stress: float  # eV/Å³
+
+
+def fit_config(frames: list[Frame], config: ModelConfig) -> tuple[ModelConfig, Scales]:
+    """Fill in what the data decides: species, reference energies, scale, mean number of neighbours.
+
+    The reference energies are the least-squares fit of the energies by the composition alone (of the
+    smallest norm where the compositions do not tell the species apart). Raises LabelError if no frame has a
+    stress.
+    """
+    species = sorted({int(number) for frame in frames for number in frame.numbers})
+    composition = np.array(
+        [[(frame.numbers == number).sum().item() for number in species] for frame in frames]
+    )
+    energies = np.array([frame.energy.item() for frame in frames])
+    counts = composition.sum(1)
+    # Per atom, so that a big cell does not outweigh a small one.
+    reference = np.linalg.lstsq(composition / counts[:, None], energies / counts, rcond=None)[0]
+    residual = (energies - composition @ reference) / counts
+    forces = torch.cat([frame.forces for frame in frames])
+    if not any(frame.has_stress for frame in frames):
+        raise LabelError("every training frame that the validation split leaves is in open boundaries")
+    stress = torch.stack([frame.stress for frame in frames if frame.has_stress])
+    scales = Scales(
+        energy=max(float(np.sqrt(np.mean(residual**2))), 1e-3),
+        forces=max(forces.square().mean().sqrt().item(), 1e-2),
+        stress=max((stress - stress.mean(0)).square().mean().sqrt().item(), 1e-4),
+    )
+    pairs = sum(
+        diffnl.neighbor_pairs(frame.positions, frame.cell, frame.pbc, config.cutoff).mapping.shape[1]
+        for frame in frames
+    )
+    config = replace(
+        config,
+        species=tuple(species),
+        reference_energies=tuple(reference.tolist()),
+        scale=scales.forces,
+        num_neighbors=max(pairs / int(counts.sum()), 1.0),
+    )
+    return config, scales
+
+
+def check_species(frames: list[Frame], config: ModelConfig, name: str) -> None:
+    """Raises LabelError if `frames` hold an element that the training set does not."""
+    for index, frame in enumerate(frames):
+        unknown = sorted(set(frame.numbers.tolist()) - set(config.species))
+        if unknown:
+            raise LabelError(
+                f"{name}: frame {index} has atomic number {unknown[0]}, which is in no training frame"
+            )
+
+
+def predict(model: Potential, batch: Batch, *, create_graph: bool):
+    """Energies (B,) eV, forces (N, 3) eV/Å and stresses (B, 3, 3) eV/Å³ of a batch."""
+    positions = batch.positions.detach().requires_grad_()
+    cell = batch.cell.detach().requires_grad_()
+    energy = model(batch.numbers, positions, cell, batch.pbc, batch.system_idx)
+    forces, stress = diffnl.forces_and_stress(
+        energy, positions, cell, batch.system_idx, create_graph=create_graph
+    )
+    return energy, forces, stress
+
+
+def errors(prediction, batch: Batch) -> dict[str, torch.Tensor]:
+    """Prediction minus label, float64: energy per atom (B,), forces (N, 3), stress (those with one, 3, 3)."""
+    energy, forces, stress = prediction
+    return {
+        "energy": (energy - batch.energy) / batch.counts,
+        "forces": forces.double() - batch.forces,
+        "stress": (stress.double() - batch.stress)[batch.has_stress],
+    }
+
+
+def write_atomically(values: dict, path: Path) -> None:
+    """torch.save that leaves either the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Trainer:
+    """A model in training. `state` is all there is: two trainers with equal states go on to the same bits."""
+
+    def __init__(
+        self, model: Potential, scales: Scales, settings: Settings, frames: list[Frame], device, dtype
+    ):
+        self.model, self.scales, self.settings, self.frames = model, scales, settings, frames
+        self.device, self.dtype = device, dtype
+        # Validation, the saved potential and the reports use a running mean of the weights, which is
+        # quieter than the weights.
+        self.averaged = copy.deepcopy(model).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+        self.random = torch.Generator().manual_seed(settings.seed)
+        self.epoch = self.step = 0
+        self.history: list[dict] = []
+        self.steps_per_epoch = math.ceil(len(frames) / settings.batch_size)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over 2 % of the steps, then half a cosine down to 1 %."""
+        warmup = max(1, round(0.02 * self.total_steps))
+        if self.step < warmup:
+            return self.settings.learning_rate * (self.step + 1) / warmup
+        done = (self.step - warmup) / max(1, self.total_steps - warmup)
+        return self.settings.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+    def loss(self, error: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Huber losses of errors over the labels' spread: a few wild structures must not rule the rest."""
+        terms = (
+            ("energy", self.settings.energy_weight, self.scales.energy),
+            ("forces", self.settings.force_weight, self.scales.forces),
+            ("stress", self.settings.stress_weight, self.scales.stress),
+        )
+        total = 0.0
+        for key, weight, scale in terms:
+            if error[key].numel():  # a batch of open-boundary frames has no stress
+                scaled = error[key] / scale
+                total = total + weight * huber_loss(scaled, torch.zeros_like(scaled), delta=0.1) / 0.1
+        return total
+
+    def train_step(self, frames: list[Frame]) -> dict[str, torch.Tensor]:
+        batch = collate(frames, self.device, self.dtype)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        error = errors(predict(self.model, batch, create_graph=True), batch)
+        loss = self.loss(error)
+        if not torch.isfinite(loss):
+            raise RuntimeError(
+                f"the loss is {loss.item()} at step {self.step}: try a smaller --learning-rate"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.settings.averaging, self.step / (self.step + 9))
+        with torch.no_grad():
+            for mean, parameter in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(parameter, 1 - decay)
+        return {"loss": loss.detach(), **{key: value.detach() for key, value in error.items()}}
+
+    def train_epoch(self, on_step: Callable[[], None]) -> dict[str, float]:
+        """One pass in random order; returns the mean loss and the mean absolute errors on the way."""
+        order = torch.randperm(len(self.frames), generator=self.random).tolist()
+        collected: dict[str, list[torch.Tensor]] = {}
+        for start in range(0, len(order), self.settings.batch_size):
+            result = self.train_step(
+                [self.frames[k] for k in order[start : start + self.settings.batch_size]]
+            )
+            for key, value in result.items():
+                collected.setdefault(key, []).append(value.reshape(-1))
+            on_step()
+        self.epoch += 1
+        return {key: torch.cat(values).abs().mean().item() for key, values in collected.items()}
+
+    def state(self) -> dict:
+        return {
+            "model": weights(self.model),
+            "averaged": weights(self.averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self.random.get_state(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "history": self.history,
+        }
+
+    def load_state(self, state: dict) -> None:
+        load_weights(self.model, state["model"])
+        load_weights(self.averaged, state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.random.set_state(state["random"])
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+
+
+def evaluate(
+    model: Potential, frames: list[Frame], device, dtype, batch_size: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """{"energy" | "forces" | "stress": {"label": (M,), "prediction": (M,)}} over `frames`.
+
+    Energies are per atom (eV/atom); forces are all components (eV/Å); stresses are the six components
+    xx, yy, zz, yz, xz, xy (eV/Å³) of every frame that has one.
+    """
+    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"energy": [], "forces": [], "stress": []}
+    voigt = (..., [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
+    for group in chunks(frames, batch_size):
+        batch = collate(group, device, dtype)
+        energy, forces, stress = (
+            value.detach().double() for value in predict(model, batch, create_graph=False)
+        )
+        parts["energy"].append((batch.energy / batch.counts, energy / batch.counts))
+        parts["forces"].append((batch.forces, forces))
+        parts["stress"].append((batch.stress[batch.has_stress][voigt], stress[batch.has_stress][voigt]))
+    return {
+        key: {
+            name: torch.cat([pair[column].reshape(-1) for pair in pairs]).cpu().numpy()
+            for column, name in enumerate(("label", "prediction"))
+        }
+        for key, pairs in parts.items()
+    }
+
+
+def chunks(frames: list[Frame], size: int) -> Iterable[list[Frame]]:
+    for start in range(0, len(frames), size):
+        yield frames[start : start + size]

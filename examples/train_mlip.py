@@ -1,0 +1,218 @@
+#!/usr/bin/env python
+"""Train an E(3)-equivariant message-passing potential on energies, forces and stresses.
+
+    python examples/train_mlip.py                    # makes a small copper set itself; two or three minutes
+    python examples/train_mlip.py --train train.extxyz --test test.extxyz --epochs 150
+
+The neighbour list is a layer of the model (`mlip/model.py`): forces and stresses are its derivatives, and
+training on them differentiates through it twice. The output folder receives `checkpoint.pt` after every
+epoch (the same command with `--resume` goes on from it, to the same numbers as a run that was never
+stopped), and at the end `potential.pt`, an ASE calculator's input (`mlip/calculator.py`), and `parity.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+# Read by cuBLAS when it starts: a fixed workspace makes its results the same run after run.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import ase.io
+import torch
+from mlip import report
+from mlip.calculator import PotentialCalculator, build_potential, relax_strained, save_potential
+from mlip.data import Frame, atoms_from_frame, fingerprint, make_copper, read_frames, split
+from mlip.model import ModelConfig
+from mlip.training import Settings, Trainer, check_species, evaluate, fit_config, write_atomically
+from tqdm import tqdm
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--train",
+        help="a file ASE reads, with energy, forces and stress; none: a copper set is made with EMT",
+    )
+    add("--test", help="the same for the final test; none: a tenth of the training file is held out")
+    add("--out", type=Path, default=Path("runs/mlip"), help="output folder")
+    add("--epochs", type=int, default=40, help="passes over the training frames; the learning rate follows")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt; repeat the first run's options")
+    add("--stop-after", type=int, metavar="N", help="stop after epoch N, as if interrupted; --resume goes on")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--batch-size", type=int, default=4, help="structures in a step")
+    add("--learning-rate", type=float, default=0.01)
+    add("--valid-fraction", type=float, default=0.05, help="part of the training frames held out")
+    add("--energy-weight", type=float, default=1.0, help="of the loss, in units of its labels' spread")
+    add("--force-weight", type=float, default=1.0, help="likewise")
+    add("--stress-weight", type=float, default=1.0, help="likewise")
+    add("--cutoff", type=float, default=5.0, help="Å")
+    add("--layers", type=int, default=2, help="rounds of messages")
+    add("--channels", type=int, default=16, help="features of each degree on an atom")
+    add("--hidden-lmax", type=int, default=1, help="highest degree of the features that atoms send")
+    add("--edge-lmax", type=int, default=2, help="highest degree of the spherical harmonics")
+    add("--every", type=int, help="epochs between two lines of the table (default: about 20 lines in all)")
+    add("--relax-steps", type=int, default=200, help="at most, in the relaxation at the end")
+    options = parser.parse_args(arguments)
+    for name in ("epochs", "batch_size", "layers", "channels", "learning_rate", "cutoff"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+    if options.test and not options.train:
+        parser.error("--test needs --train")
+    return options
+
+
+def load_data(options: argparse.Namespace) -> tuple[list[Frame], list[Frame], list[Frame]]:
+    """Training, validation and test frames."""
+    if options.train:
+        frames = read_frames(options.train)
+        if options.test:
+            test = read_frames(options.test)
+        else:
+            frames, test = split(frames, 0.1, options.seed + 1)
+    else:
+        frames, test = make_copper(160, seed=options.seed), make_copper(40, seed=options.seed + 1_000_000)
+        for name, made in (("copper_train.extxyz", frames), ("copper_test.extxyz", test)):
+            ase.io.write(options.out / name, [atoms_from_frame(frame) for frame in made])
+    return *split(frames, options.valid_fraction, options.seed), test
+
+
+def build(options: argparse.Namespace, train: list[Frame], device: torch.device) -> Trainer:
+    config = ModelConfig(
+        species=(), cutoff=options.cutoff, layers=options.layers, channels=options.channels,
+        hidden_lmax=options.hidden_lmax, edge_lmax=options.edge_lmax,
+    )  # fmt: skip
+    config, scales = fit_config(train, config)
+    settings = Settings(
+        epochs=options.epochs, seed=options.seed, batch_size=options.batch_size,
+        learning_rate=options.learning_rate, energy_weight=options.energy_weight,
+        force_weight=options.force_weight, stress_weight=options.stress_weight,
+    )  # fmt: skip
+    torch.manual_seed(options.seed)
+    dtype = getattr(torch, options.dtype)
+    return Trainer(build_potential(config, device, dtype), scales, settings, train, device, dtype)
+
+
+# Options that may differ between a run and its continuation.
+FREE = {"out", "resume", "stop_after", "device", "every", "relax_steps", "train", "test"}
+
+
+def resume(trainer: Trainer, options: argparse.Namespace, data: str, path: Path) -> None:
+    """Load `path` into `trainer`. Raises ValueError if it belongs to other options or other data."""
+    if not path.exists():
+        raise ValueError(f"--resume: there is no {path}")
+    saved = torch.load(path, map_location=trainer.device, weights_only=True)
+    for name, value in saved["options"].items():
+        if getattr(options, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--resume: {path} was made with {flag} {value}, not {getattr(options, name)}")
+    if saved["data"] != data:
+        raise ValueError(f"--resume: {path} was made with other training, validation or test frames")
+    # The generators' states are CPU tensors whatever the device.
+    saved["trainer"]["random"] = saved["trainer"]["random"].cpu()
+    trainer.load_state(saved["trainer"])
+
+
+def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace, data: str) -> bool:
+    """Run the epochs that are left; False if `--stop-after` ended it early."""
+    every = options.every or max(1, options.epochs // 20)
+    fixed = {key: value for key, value in vars(options).items() if key not in FREE}
+    last = min(options.epochs, options.stop_after or options.epochs)
+    # A plain file gets the table without the bar's redrawing.
+    with tqdm(
+        total=trainer.total_steps, initial=trainer.step, unit="step", mininterval=0.5, disable=None
+    ) as bar:
+        tqdm.write(report.HEADER)
+        while trainer.epoch < last:
+            rate = trainer.learning_rate()
+            means = trainer.train_epoch(bar.update)
+            if trainer.epoch % every == 0 or trainer.epoch in (1, options.epochs):
+                values = evaluate(
+                    trainer.averaged, validation, trainer.device, trainer.dtype, options.batch_size
+                )
+                held_out = {key: report.mean_absolute(value) for key, value in values.items()}
+                trainer.history.append({"epoch": trainer.epoch, "train": means, "validation": held_out})
+                tqdm.write(report.epoch_row(trainer.epoch, means, held_out, rate))
+            write_atomically(
+                {"options": fixed, "data": data, "trainer": trainer.state()}, options.out / "checkpoint.pt"
+            )
+    return trainer.epoch == options.epochs
+
+
+def conclude(trainer: Trainer, train: list[Frame], test: list[Frame], options: argparse.Namespace) -> None:
+    """Test table, parity plot, saved potential, and a relaxation with it."""
+    arguments = (trainer.device, trainer.dtype, options.batch_size)
+    on_train, on_test = (evaluate(trainer.averaged, frames, *arguments) for frames in (train, test))
+    width = {"energy": 1, "forces": 3, "stress": 6}
+    means = {key: on_train[key]["label"].reshape(-1, n).mean(0) for key, n in width.items()}
+    print("\n" + report.final_table(on_test, means))
+    report.parity_plot(on_train, on_test, options.out / "parity.png")
+    save_potential(trainer.averaged, options.out / "potential.pt")
+    print(f"\nwrote {options.out / 'potential.pt'} and {options.out / 'parity.png'}")
+
+    periodic = [frame for frame in train if frame.has_stress and bool(frame.pbc.all())]
+    if not periodic:
+        print("no training structure is periodic along all three axes: there is no cell to relax")
+        return
+    calmest = min(periodic, key=lambda frame: (frame.forces.abs().max() + frame.stress.abs().max()).item())
+    atoms = atoms_from_frame(calmest)
+    calculator = PotentialCalculator(options.out / "potential.pt", trainer.device)
+    states = relax_strained(atoms, calculator, options.relax_steps)
+    print(f"\n{atoms.get_chemical_formula()}, stretched and sheared, then relaxed with the saved potential")
+    print(
+        f"as an ASE calculator (FIRE on positions and cell, {states[1]['steps']} steps)\n"
+        + report.relaxation_table(states)
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    started = time.perf_counter()
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        device = torch.device(options.device)
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(f"--device {options.device}: this torch finds no GPU")
+            # Sums into atoms are scatter-adds: without this their order, and the last bits, would vary.
+            torch.use_deterministic_algorithms(True)
+        train_frames, valid_frames, test_frames = load_data(options)
+        trainer = build(options, train_frames, device)
+        check_species(valid_frames, trainer.model.config, "validation split")
+        check_species(test_frames, trainer.model.config, options.test or "test split")
+        data = fingerprint(train_frames, valid_frames, test_frames)
+        if options.resume:
+            resume(trainer, options, data, options.out / "checkpoint.pt")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    counts = [
+        sum(len(frame.numbers) for frame in frames) for frames in (train_frames, valid_frames, test_frames)
+    ]
+    print(
+        f"{len(train_frames)} training, {len(valid_frames)} validation, {len(test_frames)} test structures "
+        f"({', '.join(map(str, counts))} atoms), "
+        f"{trainer.model.config.num_neighbors:.1f} neighbours per atom, "
+        f"{sum(p.numel() for p in trainer.model.parameters())} parameters, {torch.get_num_threads()} threads"
+    )
+    without = sum(not frame.has_stress for frame in train_frames)
+    if without:
+        print(f"{without} training structures are in open boundaries: they count for energy and forces only")
+    if not train(trainer, valid_frames, options, data):
+        print(f"stopped after {trainer.epoch} of {options.epochs} epochs; --resume goes on")
+        return 0
+    conclude(trainer, train_frames, test_frames, options)
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

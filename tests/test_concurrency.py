@@ -1,0 +1,184 @@
+"""The layer in DataLoader workers, in several threads, in DDP, and pickled."""
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from compare import assert_same_bits, bits
+from systems import SYSTEMS, cubic, scatter, tensor
+
+import diffnl
+
+
+class Structures(torch.utils.data.Dataset):
+    """Named systems, and the list of each."""
+
+    def __init__(self, names, layer):
+        self.names, self.layer = names, layer
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, n):
+        return self.names[n], self.layer(*SYSTEMS[self.names[n]].arguments())
+
+
+# Python warns of fork in a process with threads; that is the very situation to test.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_dataloader_workers(method, threads):
+    threads(2)
+    layer = diffnl.NeighborList(4.0, sorted=True)
+    big = scatter(3000, cubic(30.0), 90)
+    diffnl.neighbor_pairs(big, tensor(cubic(30.0)), True, 5.0)  # the parent's threads exist before the fork
+    names = ["fcc", "triclinic", "batch_interleaved", "bulk", "one_atom_tiny", "nothing"]
+    loader = torch.utils.data.DataLoader(
+        Structures(names, layer), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=100
+    )
+    seen = []
+    for name, pairs in loader:
+        seen.append(name)
+        assert_same_bits(pairs, layer(*SYSTEMS[name].arguments()))
+        assert torch.equal(pairs.distances, pairs.vectors.square().sum(-1).sqrt())
+    assert seen == names
+
+
+def test_several_python_threads_at_once():
+    layer = diffnl.NeighborList(4.0)
+    names = [name for name in SYSTEMS if not name.startswith("one_atom")] * 4
+    arguments = [SYSTEMS[name].arguments() for name in names]
+    expected = [layer(*a) for a in arguments]
+    with ThreadPoolExecutor(8) as pool:
+        for ours, theirs in zip(pool.map(lambda a: layer(*a), arguments), expected, strict=True):
+            assert_same_bits(ours, theirs)
+
+
+def test_backward_in_several_python_threads_at_once():
+    layer = diffnl.NeighborList(5.0)
+
+    def gradients(seed):
+        positions = scatter(300, cubic(14.0), seed).requires_grad_()
+        cell = tensor(cubic(14.0)).requires_grad_()
+        energy = layer(positions, cell, True).vectors.pow(3).sum()
+        first = torch.autograd.grad(energy, (positions, cell), create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (positions, cell))
+
+    expected = [gradients(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for ours, theirs in zip(pool.map(gradients, range(8)), expected, strict=True):
+            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_errors_in_one_thread_do_not_reach_another():
+    good = torch.rand(50, 3, generator=torch.Generator().manual_seed(91))
+    bad = good.clone()
+    bad[17] = float("nan")
+    expected = diffnl.neighbor_pairs(good, None, None, 0.5)
+
+    def attempt(n):
+        if n % 2:
+            with pytest.raises(ValueError, match="`positions` must be finite.*atom 17"):
+                diffnl.neighbor_pairs(bad, None, None, 0.5)
+        else:
+            assert_same_bits(diffnl.neighbor_pairs(good, None, None, 0.5), expected)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(attempt, range(64)))
+
+
+# ----- pickling and module state ---------------------------------------------------------------------------
+
+
+def test_pickle_and_deepcopy_of_the_layer():
+    layer = diffnl.NeighborList(3.7, full=False, sorted=True)
+    arguments = SYSTEMS["triclinic"].arguments()
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    copies = [
+        copy.deepcopy(layer),
+        copy.copy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(saved, weights_only=False),
+    ]
+    for other in copies:
+        assert repr(other) == repr(layer)
+        assert_same_bits(other(*arguments), layer(*arguments))
+
+
+def test_pickle_and_deepcopy_of_pairs():
+    pairs = diffnl.NeighborList(3.7)(*SYSTEMS["triclinic"].arguments())
+    for other in (copy.deepcopy(pairs), pickle.loads(pickle.dumps(pairs))):
+        assert type(other) is diffnl.Pairs
+        assert_same_bits(other, pairs)
+        assert torch.equal(other.distances, pairs.distances)
+
+
+def test_the_layer_has_no_state():
+    layer = diffnl.NeighborList(3.7)
+    assert list(layer.parameters()) == [] and list(layer.buffers()) == [] and layer.state_dict() == {}
+    layer.load_state_dict({})
+    assert layer.to(torch.float64).half().cutoff == 3.7
+    positions = torch.rand(5, 3, generator=torch.Generator().manual_seed(92))
+    assert layer(positions).vectors.dtype == torch.float32, "the list follows its input, not the module"
+
+
+def test_repr_names_the_options():
+    assert repr(diffnl.NeighborList(3.7, full=False)) == "NeighborList(cutoff=3.7, full=False, sorted=False)"
+
+
+# ----- DDP -------------------------------------------------------------------------------------------------
+
+
+class Potential(torch.nn.Module):
+    """Energies (B,) of a two-parameter pair potential over the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.neighbors = diffnl.NeighborList(3.5)
+        self.depth = torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+        self.width = torch.nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+
+    def forward(self, positions, cell, system_idx):
+        pairs = self.neighbors(positions, cell, True, system_idx)
+        each = self.depth * torch.exp(-((pairs.distances / self.width) ** 2))
+        return each.new_zeros(len(cell)).index_add(0, system_idx[pairs.mapping[0]], each)
+
+
+def force_and_stress_loss(model, systems):
+    """Mean over systems of energy, force and stress terms, as a trainer has it."""
+    positions = torch.cat([scatter(n, cubic(3.0), n) for n in systems]).requires_grad_()
+    cell = tensor(cubic(3.0)).repeat(len(systems), 1, 1).requires_grad_()
+    owner = torch.repeat_interleave(torch.arange(len(systems)), torch.tensor(systems))
+    energy = model(positions, cell, owner)
+    forces, stress = diffnl.forces_and_stress(energy, positions, cell, owner, create_graph=True)
+    return (energy.square().sum() + forces.square().sum() + stress.square().sum()) / len(systems)
+
+
+def train_step(rank, folder):
+    """One process of two: its half of the systems, gradients averaged by DDP."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(Potential())
+        for _ in range(2):  # a second step finds the reducer ready again
+            model.zero_grad()
+            force_and_stress_loss(model, [[5, 6], [7, 4]][rank]).backward()
+        torch.save([p.grad for p in model.parameters()], f"{folder}/gradients_{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ddp_on_two_processes_equals_one(tmp_path):
+    mp.start_processes(train_step, (str(tmp_path),), nprocs=2, start_method="spawn")
+    model = Potential()
+    force_and_stress_loss(model, [5, 6, 7, 4]).backward()
+    for rank in range(2):
+        gradients = torch.load(tmp_path / f"gradients_{rank}.pt")
+        torch.testing.assert_close(gradients, [p.grad for p in model.parameters()], rtol=1e-12, atol=1e-12)

@@ -1,0 +1,375 @@
+"""Bad input: every row of the contract's table, by type and text."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from compare import assert_same_bits
+
+import diffnl
+
+R = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 1.5, 1.0]])
+H = 4.0 * torch.eye(3)
+BATCH = H.repeat(2, 1, 1)
+INDEX = torch.tensor([0, 1, 0])
+NAN, INF = float("nan"), float("inf")
+
+
+def call(positions=R, cell=H, pbc=True, cutoff=2.0, system_idx=None):
+    return diffnl.neighbor_pairs(positions, cell, pbc, cutoff, system_idx)
+
+
+def changed(t, index, value):
+    t = t.clone()
+    t[index] = value
+    return t
+
+
+def raises(error, text, function=call, **arguments):
+    """`function(**arguments)` raises `error` with a message that has every piece of `text` in that order."""
+    with pytest.raises(error) as caught:
+        function(**arguments)
+    pattern = ".*".join(re.escape(piece) for piece in ([text] if isinstance(text, str) else text))
+    assert re.search(pattern, str(caught.value), re.DOTALL), str(caught.value)
+
+
+SHAPES = {
+    "positions_flat": (dict(positions=torch.zeros(6)), ["`positions`", "(N, 3)", "(6,)"]),
+    "positions_four_columns": (dict(positions=torch.zeros(2, 4)), ["`positions`", "(N, 3)", "(2, 4)"]),
+    "positions_transposed": (dict(positions=torch.zeros(3, 5)), ["`positions`", "(N, 3)", "(3, 5)"]),
+    "positions_batched": (dict(positions=torch.zeros(2, 4, 3)), ["`positions`", "(N, 3)", "(2, 4, 3)"]),
+    "positions_scalar": (dict(positions=torch.tensor(1.0)), ["`positions`", "(N, 3)", "()"]),
+    "cell_lengths": (dict(cell=torch.ones(3)), ["`cell`", "(3, 3)", "(B, 3, 3)", "(3,)"]),
+    "cell_not_square": (dict(cell=torch.ones(3, 2)), ["`cell`", "(3, 3)", "(B, 3, 3)", "(3, 2)"]),
+    "cell_four_axes": (dict(cell=torch.ones(1, 1, 3, 3)), ["`cell`", "(3, 3)", "(B, 3, 3)", "(1, 1, 3, 3)"]),
+    "pbc_two_flags": (dict(pbc=(True, False)), ["`pbc`", "three", "2"]),
+    "pbc_four_flags": (dict(pbc=torch.ones(4, dtype=torch.bool)), ["`pbc`", "(3,)", "(B, 3)", "(4,)"]),
+    "pbc_of_three_systems": (
+        dict(cell=BATCH, pbc=torch.ones(3, 3, dtype=torch.bool), system_idx=INDEX),
+        ["`pbc`", "2", "(3, 3)"],
+    ),
+    "system_idx_short": (dict(cell=BATCH, system_idx=INDEX[:2]), ["`system_idx`", "(N,)", "(3,)", "(2,)"]),
+    "system_idx_column": (dict(cell=BATCH, system_idx=INDEX[:, None]), ["`system_idx`", "(N,)", "(3, 1)"]),
+    "two_cells_without_system_idx": (dict(cell=BATCH), ["`system_idx`", "2 cells", "None"]),
+    "no_cells_for_atoms": (dict(cell=BATCH[:0], system_idx=INDEX), ["`cell`", "3 atoms", "(0, 3, 3)"]),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name):
+    arguments, text = SHAPES[name]
+    raises(ValueError, text, **arguments)
+
+
+TYPES = {
+    "positions_half": (dict(positions=R.half()), ["`positions`", "float32 or float64", "torch.float16"]),
+    "positions_bfloat16": (
+        dict(positions=R.bfloat16()),
+        ["`positions`", "float32 or float64", "torch.bfloat16"],
+    ),
+    "positions_integer": (dict(positions=R.long()), ["`positions`", "float32 or float64", "torch.int64"]),
+    "positions_complex": (
+        dict(positions=R.cfloat()),
+        ["`positions`", "float32 or float64", "torch.complex64"],
+    ),
+    "positions_list": (dict(positions=R.tolist()), ["`positions`", "Tensor", "list"]),
+    "positions_array": (dict(positions=R.numpy()), ["`positions`", "Tensor", "ndarray"]),
+    "positions_none": (dict(positions=None), ["`positions`", "Tensor", "None"]),
+    "cell_double": (dict(cell=H.double()), ["`cell`", "`positions`", "torch.float32", "torch.float64"]),
+    "cell_float": (dict(positions=R.double()), ["`cell`", "`positions`", "torch.float64", "torch.float32"]),
+    "cell_integer": (dict(cell=H.long()), ["`cell`", "`positions`", "torch.float32", "torch.int64"]),
+    "cell_array": (dict(cell=H.numpy()), ["`cell`", "Tensor", "ndarray"]),
+    "system_idx_float": (
+        dict(cell=BATCH, system_idx=INDEX.float()),
+        ["`system_idx`", "integer", "torch.float32"],
+    ),
+    "system_idx_bool": (dict(cell=BATCH, system_idx=INDEX.bool()), ["`system_idx`", "integer", "torch.bool"]),
+    "system_idx_list": (dict(cell=BATCH, system_idx=[0, 1, 0]), ["`system_idx`", "Tensor", "list"]),
+    "pbc_float": (dict(pbc=torch.ones(3)), ["`pbc`", "bool", "torch.float32"]),
+    "pbc_integers": (dict(pbc=(1, 1, 1)), ["`pbc`", "bool", "(1, 1, 1)"]),
+    "pbc_word": (dict(pbc="xyz"), ["`pbc`", "bool", "xyz"]),
+    "cutoff_word": (dict(cutoff="5"), ["`cutoff`", "number", "'5'"]),
+    "cutoff_none": (dict(cutoff=None), ["`cutoff`", "number", "None"]),
+    "cutoff_bool": (dict(cutoff=True), ["`cutoff`", "number", "True"]),
+    "cutoff_two": (dict(cutoff=torch.ones(2)), ["`cutoff`", "number", "Tensor"]),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types(name):
+    arguments, text = TYPES[name]
+    raises(TypeError, text, **arguments)
+
+
+VALUES = {
+    "cutoff_zero": (dict(cutoff=0.0), ["`cutoff`", "finite", "> 0", "0.0"]),
+    "cutoff_negative": (dict(cutoff=-3.5), ["`cutoff`", "> 0", "-3.5"]),
+    "cutoff_infinite": (dict(cutoff=INF), ["`cutoff`", "finite", "inf"]),
+    "cutoff_nan": (dict(cutoff=NAN), ["`cutoff`", "finite", "nan"]),
+    "positions_nan": (dict(positions=changed(R, (1, 2), NAN)), ["`positions`", "finite", "nan", "atom 1"]),
+    "positions_inf": (dict(positions=changed(R, (2, 0), INF)), ["`positions`", "finite", "inf", "atom 2"]),
+    "positions_first_of_two": (
+        dict(positions=changed(changed(R, (2, 0), NAN), (0, 0), -INF)),
+        ["`positions`", "finite", "-inf", "atom 0"],
+    ),
+    "positions_nan_open": (
+        dict(positions=changed(R, (1, 0), NAN), cell=None, pbc=None),
+        ["`positions`", "atom 1"],
+    ),
+    "cell_nan": (dict(cell=changed(H, (1, 1), NAN)), ["`cell`", "finite", "nan", "system 0"]),
+    "cell_inf_of_second": (
+        dict(cell=changed(BATCH, (1, 0, 2), INF), system_idx=INDEX),
+        ["`cell`", "finite", "inf", "system 1"],
+    ),
+    "cell_nan_on_an_open_axis": (
+        dict(cell=changed(H, (2, 2), NAN), pbc=(True, True, False)),
+        ["`cell`", "finite", "nan", "system 0"],
+    ),
+    "system_idx_too_large": (
+        dict(cell=BATCH, system_idx=changed(INDEX, 1, 2)),
+        ["`system_idx`", "[0, 2)", "2", "atom 1"],
+    ),
+    "system_idx_negative": (
+        dict(cell=BATCH, system_idx=changed(INDEX, 2, -1)),
+        ["`system_idx`", "[0, 2)", "-1", "atom 2"],
+    ),
+    "system_idx_of_one_cell": (dict(system_idx=INDEX), ["`system_idx`", "[0, 1)", "1", "atom 1"]),
+    "system_idx_negative_open": (
+        dict(cell=None, pbc=None, system_idx=changed(INDEX, 0, -4)),
+        ["`system_idx`", "-4", "atom 0"],
+    ),
+    "cell_zero": (dict(cell=0 * H), ["`cell`", "independent", "periodic", "system 0"]),
+    "cell_zero_row": (dict(cell=changed(H, 1, 0.0)), ["`cell`", "independent", "periodic", "system 0"]),
+    "cell_zero_row_periodic_of_slab": (
+        dict(cell=changed(H, 1, 0.0), pbc=(True, True, False)),
+        ["`cell`", "independent", "periodic", "system 0"],
+    ),
+    "cell_coplanar": (
+        dict(cell=changed(H, 2, H[0] + H[1])),
+        ["`cell`", "independent", "periodic", "system 0"],
+    ),
+    "cell_collinear_of_second": (
+        dict(cell=changed(BATCH, (1, 2), -BATCH[1, 0]), system_idx=INDEX, pbc=(True, False, True)),
+        ["`cell`", "independent", "periodic", "system 1"],
+    ),
+    "cell_singular_of_empty_system": (
+        dict(cell=changed(BATCH, 1, 0.0), system_idx=0 * INDEX),
+        ["`cell`", "independent", "periodic", "system 1"],
+    ),
+    "pbc_without_cell": (dict(cell=None, pbc=True), ["`cell`", "`pbc`", "None"]),
+    "one_flag_without_cell": (dict(cell=None, pbc=(False, False, True)), ["`cell`", "`pbc`", "None"]),
+    "shift_beyond_int32": (
+        dict(positions=changed(R.double(), (1, 0), 1e11), cell=H.double()),
+        ["`positions`", "int32"],
+    ),
+    "far_too_far_for_int64": (
+        dict(positions=changed(R.double(), (1, 0), 1e300), cell=H.double()),
+        ["`positions`", "int32"],
+    ),
+    "images_blur_in_float32": (dict(positions=changed(R, (1, 0), 1e9)), ["`positions`", "float32"]),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("search", ["compiled", "oracle"])
+def test_values(search, name):
+    arguments, text = VALUES[name]
+    values = dict(positions=R, cell=H, pbc=True, cutoff=2.0, system_idx=None) | arguments
+    function = diffnl.neighbor_pairs if search == "compiled" else diffnl.reference.neighbor_pairs
+    raises(ValueError, text, function, **values)
+
+
+def test_an_error_leaves_the_next_call_intact():
+    expected = call()
+    for arguments, _ in VALUES.values():
+        with pytest.raises(ValueError):
+            call(**arguments)
+        assert_same_bits(call(), expected)
+
+
+OTHER_DEVICE = {
+    "cell": dict(cell=H.to("meta")),
+    "pbc": dict(pbc=torch.ones(3, dtype=torch.bool, device="meta")),
+    "system_idx": dict(cell=BATCH, system_idx=INDEX.to("meta")),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_DEVICE)
+def test_devices(name, device):
+    arguments = {"positions": R.to(device), "cell": H.to(device)} | OTHER_DEVICE[name]
+    if name == "system_idx":
+        arguments["cell"] = BATCH.to(device)
+    raises(ValueError, [f"`{name}`", "device", str(R.to(device).device), "meta"], **arguments)
+
+
+def test_module_checks_its_cutoff_when_it_is_made():
+    raises(ValueError, ["`cutoff`", "> 0", "-1.0"], diffnl.NeighborList, cutoff=-1.0)
+    raises(TypeError, ["`cutoff`", "number", "None"], diffnl.NeighborList, cutoff=None)
+    with pytest.raises(TypeError):
+        diffnl.NeighborList(5.0, False)  # options are named: a bare False says nothing
+
+
+# ----- the other functions ---------------------------------------------------------------------------------
+
+LIST = dict(
+    positions=R, cell=H, mapping=torch.tensor([[0, 1], [1, 2]]), shifts=torch.zeros(2, 3, dtype=torch.int32)
+)
+BAD_LISTS = {
+    "mapping_shape": (
+        dict(mapping=torch.zeros(2, dtype=torch.int64)),
+        ValueError,
+        ["`mapping`", "(2, P)", "(2,)"],
+    ),
+    "mapping_rows": (dict(mapping=torch.zeros(3, 2).long()), ValueError, ["`mapping`", "(2, P)", "(3, 2)"]),
+    "mapping_dtype": (dict(mapping=torch.zeros(2, 2)), TypeError, ["`mapping`", "integer", "torch.float32"]),
+    "mapping_type": (dict(mapping=[[0], [1]]), TypeError, ["`mapping`", "Tensor", "list"]),
+    "mapping_large": (
+        dict(mapping=torch.tensor([[0, 1], [1, 3]])),
+        ValueError,
+        ["`mapping`", "[0, 3)", "3", "pair 1"],
+    ),
+    "mapping_negative": (
+        dict(mapping=torch.tensor([[-1, 1], [1, 2]])),
+        ValueError,
+        ["`mapping`", "[0, 3)", "-1", "pair 0"],
+    ),
+    "shifts_shape": (
+        dict(shifts=torch.zeros(3, 3).int()),
+        ValueError,
+        ["`shifts`", "(P, 3)", "(2, 3)", "(3, 3)"],
+    ),
+    "shifts_dtype": (dict(shifts=torch.zeros(2, 3)), TypeError, ["`shifts`", "integer", "torch.float32"]),
+    "shifts_range": (
+        dict(shifts=torch.full((2, 3), 2**31)),
+        ValueError,
+        ["`shifts`", "int32", "2147483648"],
+    ),
+    "positions_dtype": (
+        dict(positions=R.half()),
+        TypeError,
+        ["`positions`", "float32 or float64", "torch.float16"],
+    ),
+    "cell_dtype": (dict(cell=H.double()), TypeError, ["`cell`", "torch.float32", "torch.float64"]),
+    "system_idx_large": (
+        dict(cell=BATCH, system_idx=changed(INDEX, 1, 2)),
+        ValueError,
+        ["`system_idx`", "[0, 2)", "2", "atom 1"],
+    ),
+    "system_idx_missing": (dict(cell=BATCH), ValueError, ["`system_idx`", "2 cells", "None"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LISTS)
+def test_pair_vectors(name):
+    arguments, error, text = BAD_LISTS[name]
+    raises(error, text, diffnl.pair_vectors, **LIST | arguments)
+
+
+def energy_inputs():
+    r, h = R.clone().requires_grad_(), H.clone().requires_grad_()
+    return dict(energy=call(positions=r, cell=h).vectors.square().sum(), positions=r, cell=h)
+
+
+BAD_ENERGIES = {
+    "energy_shape": (
+        dict(energy=torch.ones(2, requires_grad=True)),
+        ValueError,
+        ["`energy`", "()", "(B,)", "(2,)"],
+    ),
+    "energy_matrix": (
+        dict(energy=torch.ones(1, 1, requires_grad=True)),
+        ValueError,
+        ["`energy`", "()", "(1, 1)"],
+    ),
+    "energy_without_graph": (dict(energy=torch.tensor(1.0)), ValueError, ["`energy`", "graph"]),
+    "energy_number": (dict(energy=1.0), TypeError, ["`energy`", "Tensor", "float"]),
+    "energy_number_no_cell": (dict(energy=1.0, cell=None), TypeError, ["`energy`", "Tensor", "float"]),
+    "positions_without_grad": (dict(positions=R), ValueError, ["`positions`", "requires_grad=False"]),
+    "cell_without_grad": (dict(cell=H), ValueError, ["`cell`", "requires_grad=False"]),
+    "cell_dtype": (
+        dict(cell=H.double().requires_grad_()),
+        TypeError,
+        ["`cell`", "torch.float32", "torch.float64"],
+    ),
+    "cell_type": (dict(cell=H.numpy()), TypeError, ["`cell`", "Tensor", "ndarray"]),
+    "system_idx_shape": (dict(system_idx=INDEX[:2]), ValueError, ["`system_idx`", "(3,)", "(2,)"]),
+    "system_idx_range": (dict(system_idx=INDEX), ValueError, ["`system_idx`", "[0, 1)", "1", "atom 1"]),
+    "system_idx_range_batch": (
+        dict(cell=BATCH.clone().requires_grad_(), system_idx=changed(INDEX, 1, 2)),
+        ValueError,
+        ["`system_idx`", "[0, 2)", "2", "atom 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ENERGIES)
+def test_forces_and_stress(name):
+    arguments, error, text = BAD_ENERGIES[name]
+    raises(error, text, diffnl.forces_and_stress, **energy_inputs() | arguments)
+
+
+STRAINED = dict(positions=R, cell=H, strain=0 * H)
+BAD_STRAINS = {
+    "strain_shape": (dict(strain=0 * BATCH), ValueError, ["`strain`", "`cell`", "(3, 3)", "(2, 3, 3)"]),
+    "strain_dtype": (
+        dict(strain=H.double()),
+        TypeError,
+        ["`strain`", "`cell`", "torch.float32", "torch.float64"],
+    ),
+    "strain_type": (dict(strain=0.0), TypeError, ["`strain`", "Tensor", "float"]),
+    "system_idx_missing": (
+        dict(cell=BATCH, strain=0 * BATCH),
+        ValueError,
+        ["`system_idx`", "2 cells", "None"],
+    ),
+    "system_idx_range": (
+        dict(cell=BATCH, strain=0 * BATCH, system_idx=changed(INDEX, 1, 2)),
+        ValueError,
+        ["`system_idx`", "[0, 2)", "2", "atom 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STRAINS)
+def test_strained(name):
+    arguments, error, text = BAD_STRAINS[name]
+    raises(error, text, diffnl.strained, **STRAINED | arguments)
+
+
+# ----- memory ----------------------------------------------------------------------------------------------
+
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+TOO_MANY = """
+import resource, torch, diffnl
+near = torch.zeros(1, 3)
+before = diffnl.neighbor_pairs(near, torch.eye(3), True, 3.0)
+used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29),) * 2)
+for _ in range(2):
+    try:
+        diffnl.neighbor_pairs(near, 0.1 * torch.eye(3), True, 18.0)  # 2.4e7 pairs, 1 GB
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        print(type(error).__name__, error)
+    after = diffnl.neighbor_pairs(near, torch.eye(3), True, 3.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+print("state intact")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a Linux process")
+def test_more_pairs_than_memory_holds():
+    script = subprocess.run([sys.executable, "-c", TOO_MANY], capture_output=True, text=True, timeout=120)
+    assert script.returncode == 0, script.stderr
+    assert script.stdout.count("can't allocate memory") == 2, script.stdout
+    assert script.stdout.endswith("state intact\n")
+
+
+@pytest.mark.skipif(MEMORY > 64e9, reason="counts as many pairs as this machine's memory holds")
+def test_far_more_pairs_than_any_memory_holds():
+    """A cutoff in the wrong unit: the error comes without counting 4e18 pairs first."""
+    with pytest.raises((RuntimeError, torch.OutOfMemoryError), match="memory"):
+        call(positions=R.double(), cell=1e-2 * H.double(), cutoff=4e4)
+    assert call().mapping.shape[1] > 0

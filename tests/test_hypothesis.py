@@ -1,0 +1,175 @@
+"""The list against the oracle, bit for bit, on systems that hypothesis makes up.
+
+The gate of 20,000 examples, each in float32 and in float64:
+
+    HYPOTHESIS_PROFILE=thorough pytest tests/test_hypothesis.py
+
+It takes about 6 minutes of one core. The default profile draws 300. A failure prints its example.
+"""
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from compare import assert_list_equals_reference, assert_same_bits, bits, canonical
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+import diffnl
+
+A_TENTH = settings(max_examples=settings().max_examples // 10)  # for what the first test already covers
+MOST_CANDIDATES = 12_000  # what one example may cost the oracle: pairs of atoms times images
+
+# Few values, often met: they put atoms on faces and lattice points, and pairs at the cutoff to the last bit.
+ROUND = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0])
+LENGTH = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.375, 9.0, width=32))
+LEAN = st.one_of(st.just(0.0), ROUND, st.floats(-4.0, 4.0, width=32), st.floats(-40.0, 40.0, width=32))
+FRACTION = st.one_of(
+    st.sampled_from([0.0, 1.0, 0.5, 0.25, -0.0, -1.0, 2.0]),
+    st.sampled_from([1.0 - 2.0**-24, 1.0 - 2.0**-53, 1.0 + 2.0**-23, -(2.0**-60)]),
+    st.floats(0.0, 1.0, width=32),
+    st.floats(-7.0, 7.0, width=32),
+)
+CUTOFF = st.one_of(
+    st.sampled_from([1.0, 2.0, 3.0, 5.0, math.sqrt(2.0), math.sqrt(3.0), math.sqrt(8.0)]),
+    st.floats(0.05, 12.0),
+    st.sampled_from([1e-200, 1e-30, 1e30, 1e200]),  # squares that underflow or overflow
+)
+WHOLE = st.tuples(*[st.integers(-2, 2).map(float)] * 3)
+OPEN_ROW = st.sampled_from([None, (0.0, 0.0, 0.0), (1.0, 2.0, -0.5)])  # None: a good row, only not periodic
+
+
+@st.composite
+def lattices(draw):
+    """Rows (3, 3) from a lower triangle, whose diagonal is the plane spacings, turned and mirrored."""
+    a, b, c = (draw(LENGTH) for _ in range(3))
+    rows = np.array([[a, 0.0, 0.0], [draw(LEAN), b, 0.0], [draw(LEAN), draw(LEAN), c]])
+    if draw(st.booleans()):
+        rows[draw(st.integers(0, 2))] *= draw(st.sampled_from([0.05, 0.2, 8.0]))  # thin, flat or long
+    rows = rows[list(draw(st.permutations(range(3))))]
+    if draw(st.booleans()):
+        rows = rows[:, ::-1]
+    if draw(st.booleans()):
+        angle = draw(st.floats(0.0, math.tau))
+        c, s = math.cos(angle), math.sin(angle)
+        rows = rows @ np.array([[0.0, c, s], [0.0, -s, c], [1.0, 0.0, 0.0]])
+    return rows
+
+
+@st.composite
+def one_system(draw, most_atoms):
+    """(positions (n, 3), cell (3, 3), flags) with up to `most_atoms` atoms in and around the cell."""
+    cell = draw(lattices())
+    flags = draw(st.tuples(*[st.booleans()] * 3))
+    rows = []
+    for _ in range(draw(st.integers(0, most_atoms))):
+        fractions = [draw(FRACTION) for _ in range(3)]
+        rows.append(np.array(fractions) @ cell)
+        if len(rows) > 1 and draw(st.integers(0, 4)) == 0:  # on top of another atom, perhaps of its image
+            rows[-1] = rows[draw(st.integers(0, len(rows) - 2))] + np.array(draw(WHOLE)) @ cell
+    for axis in range(3):
+        row = None if flags[axis] else draw(OPEN_ROW)
+        if row is not None:
+            cell[axis] = row
+    return np.array(rows).reshape(-1, 3), cell, flags
+
+
+def affordable(cell, flags, cutoff, atoms):
+    """The cutoff, or a smaller one for which the oracle looks at few enough (i, j, S)."""
+    periodic = cell[list(flags)]
+    if len(periodic) == 0:
+        return cutoff
+    spacings = 1.0 / np.linalg.norm(np.linalg.pinv(periodic), axis=0)
+    cutoff = min(cutoff, 100.0 * spacings.min())
+    while (
+        atoms * atoms * np.prod(2.0 * np.floor(cutoff / spacings) + 5.0) > MOST_CANDIDATES and cutoff > 1e-3
+    ):
+        cutoff *= 0.7
+    return cutoff
+
+
+@st.composite
+def inputs(draw):
+    """Arguments of the list in float64: 1 to 3 systems, possibly interleaved, with an affordable cutoff."""
+    count = draw(st.sampled_from([1, 1, 2, 3]))
+    systems = [draw(one_system(12 // count)) for _ in range(count)]
+    cutoff = draw(CUTOFF)
+    for positions, cell, flags in systems:
+        cutoff = affordable(cell, flags, cutoff, len(positions))
+    positions = torch.from_numpy(np.concatenate([system[0] for system in systems]))
+    cell = torch.from_numpy(np.stack([system[1] for system in systems]))
+    pbc = torch.tensor([system[2] for system in systems])
+    owner = torch.repeat_interleave(torch.arange(count), torch.tensor([len(system[0]) for system in systems]))
+    if count == 1:
+        return positions, cell[0], pbc[0], cutoff, None
+    if draw(st.booleans()):
+        order = torch.tensor(draw(st.permutations(range(len(owner)))), dtype=torch.int64)
+        positions, owner = positions[order], owner[order]
+    return positions, cell, pbc, cutoff, owner
+
+
+@given(drawn=inputs(), full=st.booleans())
+def test_list_equals_reference_bit_for_bit(drawn, full):
+    positions, cell, pbc, cutoff, system_idx = drawn
+    for dtype in (torch.float32, torch.float64):
+        arguments = (positions.to(dtype), cell.to(dtype), pbc, system_idx)
+        try:
+            pairs = assert_list_equals_reference(arguments, cutoff, full)
+        except ValueError as refusal:  # few cells are so thin and lean so far that a dtype cannot hold them
+            event(f"refused in {dtype}")
+            with pytest.raises(ValueError, match=re.escape(str(refusal))):
+                diffnl.neighbor_pairs(arguments[0], arguments[1], pbc, cutoff, system_idx)
+        else:
+            again = diffnl.pair_vectors(arguments[0], arguments[1], pairs.mapping, pairs.shifts, system_idx)
+            assert torch.equal(bits(again), bits(pairs.vectors))
+
+
+@A_TENTH
+@given(drawn=inputs())
+def test_full_list_is_the_half_list_and_its_mirror(drawn):
+    positions, cell, pbc, cutoff, system_idx = drawn
+    half = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, system_idx, full=False)
+    full = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, system_idx, sorted=True)
+    both = diffnl.Pairs(
+        torch.cat([half.mapping, half.mapping.flip(0)], dim=1),
+        torch.cat([half.shifts, -half.shifts]),
+        # 0 - v, not -v: a full list holds 0 where a negated vector holds -0.
+        torch.cat([half.vectors, 0.0 - half.vectors]),
+    )
+    assert_same_bits(canonical(both), full)
+
+
+@A_TENTH
+@given(
+    points=st.lists(st.tuples(*[st.integers(-3, 3)] * 3), max_size=8),
+    box=st.tuples(*[st.integers(2, 5)] * 3),
+    squared=st.integers(1, 30),
+    pbc=st.tuples(*[st.booleans()] * 3),
+)
+def test_lattice_points_at_the_cutoff_are_not_pairs(points, box, squared, pbc):
+    """On integer points d2 is exact in every dtype: the list must be the integers' own."""
+    expected = integer_pairs(points, box, squared, pbc)
+    # d2 < squared is d2 < squared - 1/2 for integers, and no rounding reaches that; a whole root is exact.
+    cutoffs = [math.sqrt(squared - 0.5)]
+    if math.isqrt(squared) ** 2 == squared:
+        cutoffs.append(math.isqrt(squared))
+    for dtype in (torch.float32, torch.float64):
+        positions = torch.tensor(points, dtype=dtype).reshape(-1, 3)
+        cell = torch.diag(torch.tensor(box, dtype=dtype))
+        for cutoff in cutoffs:
+            pairs = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, sorted=True)
+            assert torch.cat([pairs.mapping.T, pairs.shifts], dim=1).tolist() == expected
+
+
+def integer_pairs(points, box, squared, pbc):
+    """[[i, j, S0, S1, S2]] in order, with |v|^2 < squared, in integer arithmetic."""
+    points = np.array(points, dtype=np.int64).reshape(-1, 3)
+    # |r_j - r_i| <= 6 and |v| < 5.5 along an axis of at least 2.
+    images = np.array(list(itertools.product(*(range(-6, 7) if flag else [0] for flag in pbc))))
+    v = points[None, :, None] - points[:, None, None] + images * np.array(box)
+    i, j, image = np.nonzero((v * v).sum(-1) < squared)
+    rows = np.column_stack([i, j, images[image]])
+    return sorted(rows[(i != j) | rows[:, 2:].any(1)].tolist())

@@ -1,0 +1,294 @@
+"""The training example: the model's symmetries and derivatives, the files it refuses, learning, resuming."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("e3nn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+pytest.importorskip("ase")
+import ase  # noqa: E402
+import ase.build  # noqa: E402
+import ase.io  # noqa: E402
+from ase.calculators.calculator import PropertyNotImplementedError  # noqa: E402
+from ase.calculators.singlepoint import SinglePointCalculator  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import train_mlip  # noqa: E402
+from mlip.calculator import PotentialCalculator, build_potential, save_potential  # noqa: E402
+from mlip.data import atoms_from_frame, collate, frame_from_atoms, make_copper, read_frames  # noqa: E402
+from mlip.model import ModelConfig, radial_basis  # noqa: E402
+from mlip.training import Scales, Settings, Trainer, errors, fit_config, predict  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = [
+    "--channels",
+    "4",
+    "--cutoff",
+    "4.0",
+    "--batch-size",
+    "4",
+    "--learning-rate",
+    "0.02",
+    "--relax-steps",
+    "10",
+]
+
+
+def random_potential(dtype=torch.float64, **changes):
+    torch.manual_seed(3)
+    values = {
+        "species": (28, 29),
+        "cutoff": 4.0,
+        "channels": 4,
+        "reference_energies": (-1.0, 2.0),
+        "num_neighbors": 20.0,
+    }
+    return build_potential(ModelConfig(**{**values, **changes}), CPU, dtype).requires_grad_(False)
+
+
+def alloy():
+    """Five atoms of two elements in a skewed cell smaller than the cutoff."""
+    random = np.random.default_rng(5)
+    cell = np.array([[3.5, 0.2, -0.3], [0.4, 3.2, 0.5], [-0.9, 0.3, 4.0]])
+    return ase.Atoms("NiCu2NiCu", scaled_positions=random.random((5, 3)), cell=cell, pbc=True)
+
+
+def labelled(atoms, **labels):
+    values = {"energy": -1.0, "forces": np.zeros((len(atoms), 3)), "stress": np.zeros(6), **labels}
+    atoms.calc = SinglePointCalculator(
+        atoms, **{key: value for key, value in values.items() if value is not None}
+    )
+    return atoms
+
+
+def batch_of(*structures, dtype=torch.float64):
+    return collate([frame_from_atoms(labelled(atoms.copy()), "test") for atoms in structures], CPU, dtype)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A training and a test file of small copper cells."""
+    folder = tmp_path_factory.mktemp("copper")
+    frames = [frame for frame in make_copper(28, seed=1) if len(frame.numbers) <= 8]
+    train, test = folder / "train.extxyz", folder / "test.extxyz"
+    ase.io.write(train, [atoms_from_frame(frame) for frame in frames[:11]])
+    ase.io.write(test, [atoms_from_frame(frame) for frame in frames[11:]])
+    return ["--train", str(train), "--test", str(test)]
+
+
+# The model.
+
+
+@pytest.mark.parametrize("inversion", [1.0, -1.0])
+def test_equivariance(inversion):
+    model = random_potential()
+    atoms = alloy()
+    rotation = inversion * np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    turned = atoms.copy()
+    turned.set_cell(atoms.cell @ rotation)
+    turned.positions = atoms.positions @ rotation + [0.3, -9.0, 4.0]
+    energy, forces, stress = predict(model, batch_of(atoms), create_graph=False)
+    energy_turned, forces_turned, stress_turned = predict(model, batch_of(turned), create_graph=False)
+    turn = torch.from_numpy(rotation)
+    assert forces.abs().max() > 0.1 and stress.abs().max() > 1e-3
+    torch.testing.assert_close(energy_turned, energy, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(forces_turned, forces @ turn, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(stress_turned, turn.T @ stress @ turn, rtol=1e-8, atol=1e-10)
+
+
+def test_batch_equals_its_systems():
+    """Periodic and open systems, a lone atom, coincident atoms: together as one by one, and finite."""
+    model = random_potential()
+    lone = ase.Atoms("Cu")
+    molecule = ase.Atoms("NiCuCu", positions=[[0, 0, 0], [2.2, 0, 0], [0.4, 2.0, 0.3]])
+    coincident = ase.Atoms(
+        "CuCuNi", positions=[[0, 0, 0], [0, 0, 0], [1.9, 0.2, 0.1]], cell=[9, 9, 9], pbc=True
+    )
+    systems = [alloy(), lone, molecule, coincident]
+    together = predict(model, batch_of(*systems), create_graph=False)
+    alone = [predict(model, batch_of(atoms), create_graph=False) for atoms in systems]
+    for value, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.isfinite(value).all()
+        torch.testing.assert_close(value, torch.cat(parts), rtol=1e-9, atol=1e-11)
+
+
+def test_energy_is_smooth_at_the_cutoff():
+    basis = radial_basis(torch.tensor([3.9999, 4.0], dtype=torch.float64), 4.0, 8)
+    assert basis[0].abs().max() < 1e-10 and basis[1].abs().max() < 1e-14
+    model = random_potential(species=(29,), reference_energies=(0.0,))
+    energies = [
+        predict(model, batch_of(ase.Atoms("Cu2", positions=[[0, 0, 0], [x, 0, 0]])), create_graph=False)[0]
+        for x in (3.999, 4.001, 3.0)
+    ]
+    assert abs(energies[0] - energies[1]) < 1e-7 < 1e-4 < abs(energies[2] - energies[1])
+
+
+def test_calculator_agrees_with_finite_differences(tmp_path):
+    save_potential(random_potential(), tmp_path / "potential.pt")
+    atoms = alloy()
+    atoms.calc = PotentialCalculator(tmp_path / "potential.pt", dtype=torch.float64)
+    assert atoms.get_potential_energy(force_consistent=True) == atoms.get_potential_energy()
+    forces, stress = atoms.get_forces(), atoms.get_stress(voigt=False)
+    step = 1e-5
+
+    def energy(positions, cell):
+        moved = atoms.copy()
+        moved.set_cell(cell)
+        moved.positions = positions
+        moved.calc = atoms.calc
+        return moved.get_potential_energy()
+
+    for atom, axis in ((0, 0), (3, 1), (4, 2)):
+        shift = np.zeros((5, 3))
+        shift[atom, axis] = step
+        slope = energy(atoms.positions + shift, atoms.cell) - energy(atoms.positions - shift, atoms.cell)
+        assert forces[atom, axis] == pytest.approx(-slope / (2 * step), abs=1e-6)
+    for row, column in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)):
+        strain = np.zeros((3, 3))
+        strain[row, column] = step
+        plus, minus = np.eye(3) + strain, np.eye(3) - strain
+        slope = energy(atoms.positions @ plus, atoms.cell @ plus) - energy(
+            atoms.positions @ minus, atoms.cell @ minus
+        )
+        assert stress[row, column] == pytest.approx(slope / (2 * step) / atoms.get_volume(), abs=1e-7)
+
+
+def test_calculator_in_open_boundaries(tmp_path):
+    save_potential(random_potential(), tmp_path / "potential.pt")
+    molecule = ase.Atoms("NiCu", positions=[[0, 0, 0], [2.3, 0, 0]])
+    molecule.calc = PotentialCalculator(tmp_path / "potential.pt")
+    assert np.isfinite(molecule.get_forces()).all()
+    with pytest.raises(PropertyNotImplementedError):
+        molecule.get_stress()
+    molecule.numbers[0] = 1
+    with pytest.raises(ValueError, match=r"knows atomic numbers \(28, 29\), not 1"):
+        molecule.get_potential_energy()
+
+
+# The data.
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"stress": None}, r"bad\.extxyz: frame 1 has no stress: .* this frame has energy, forces"),
+        ({"forces": None}, r"bad\.extxyz: frame 1 has no forces"),
+        ({"energy": None}, r"bad\.extxyz: frame 1 has no energy"),
+        ({"energy": np.nan}, r"bad\.extxyz: frame 1: its energy is not finite"),
+    ],
+)
+def test_unusable_label(tmp_path, capsys, labels, message):
+    good, bad = (
+        labelled(ase.build.bulk("Cu", cubic=True)),
+        labelled(ase.build.bulk("Cu", cubic=True), **labels),
+    )
+    ase.io.write(tmp_path / "bad.extxyz", [good, bad])
+    with pytest.raises(ValueError, match=message):
+        read_frames(tmp_path / "bad.extxyz")
+    assert train_mlip.main(["--train", str(tmp_path / "bad.extxyz"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'bad.extxyz'}: frame 1")
+
+
+def test_unusable_file(tmp_path):
+    with pytest.raises(ValueError, match="ASE cannot read it"):
+        read_frames(tmp_path / "absent.extxyz")
+    molecule = labelled(ase.Atoms("Cu2", positions=[[0, 0, 0], [2.2, 0, 0]]), stress=None)
+    ase.io.write(tmp_path / "open.extxyz", [molecule, molecule])
+    with pytest.raises(ValueError, match="in open boundaries: there is no stress"):
+        read_frames(tmp_path / "open.extxyz")
+    flat = labelled(ase.Atoms("Cu", cell=[2.5, 2.5, 0.0], pbc=True))
+    with pytest.raises(ValueError, match="flat is periodic along a cell vector that is zero"):
+        frame_from_atoms(flat, "flat")
+
+
+def test_open_boundary_frames_count_for_energy_and_forces_only(tmp_path):
+    molecule = labelled(ase.Atoms("Cu2", positions=[[0, 0, 0], [2.2, 0, 0]]), stress=None)
+    crystal = labelled(ase.build.bulk("Cu", cubic=True), stress=np.full(6, 0.01))
+    ase.io.write(tmp_path / "mixed.extxyz", [molecule, crystal])
+    frames = read_frames(tmp_path / "mixed.extxyz")
+    assert [frame.has_stress for frame in frames] == [False, True]
+    config, scales = fit_config(frames, ModelConfig(species=(), cutoff=4.0, channels=4))
+    trainer = Trainer(
+        build_potential(config, CPU, torch.float32), scales, settings(), frames, CPU, torch.float32
+    )
+    batch = collate(frames, CPU, torch.float32)
+    assert errors(predict(trainer.model, batch, create_graph=False), batch)["stress"].shape == (1, 3, 3)
+    for group in (frames, frames[:1]):
+        assert torch.isfinite(trainer.train_step(group)["loss"])
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def settings(**changes):
+    values = {"epochs": 2, "seed": 0, "batch_size": 4, "learning_rate": 0.01}
+    weights = {"energy_weight": 1.0, "force_weight": 1.0, "stress_weight": 1.0}
+    return Settings(**{**values, **weights, **changes})
+
+
+def test_reference_energies_come_from_the_composition():
+    frames = []
+    for formula in ("Ni", "Cu", "NiCu", "NiCu2"):
+        atoms = ase.Atoms(
+            formula,
+            positions=2.5 * np.arange(len(ase.Atoms(formula)))[:, None] * [1, 0, 0],
+            cell=[9] * 3,
+            pbc=True,
+        )
+        energy = -3.0 * (atoms.numbers == 28).sum() + 2.0 * (atoms.numbers == 29).sum()
+        frames.append(frame_from_atoms(labelled(atoms, energy=energy), formula))
+    config, scales = fit_config(frames, ModelConfig(species=()))
+    assert config.species == (28, 29)
+    assert config.reference_energies == pytest.approx((-3.0, 2.0))
+    assert scales == Scales(energy=1e-3, forces=1e-2, stress=1e-4)  # the floors: every label is explained
+
+
+# The whole run.
+
+
+def test_learns_and_writes(files, tmp_path, capsys):
+    assert train_mlip.main([*files, *SMALL, "--epochs", "12", "--every", "1", "--out", str(tmp_path)]) == 0
+    history = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["trainer"]["history"]
+    assert [row["epoch"] for row in history] == list(range(1, 13))
+    assert history[-1]["train"]["loss"] < 0.4 * history[0]["train"]["loss"]
+    for key in ("energy", "forces", "stress"):
+        assert history[-1]["validation"][key] < history[0]["validation"][key]
+    assert (tmp_path / "parity.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    output = capsys.readouterr().out
+    for text in ("eV/atom", "eV/Å ", "eV/Å³", "GPa", "predicting the mean", "pressure (GPa)"):
+        assert text in output
+    atoms = ase.io.read(files[3])
+    atoms.calc = PotentialCalculator(tmp_path / "potential.pt")
+    assert atoms.get_stress().shape == (6,)
+
+
+def test_resumes_to_the_same_bits(files, tmp_path, capsys):
+    run = [*files, *SMALL, "--epochs", "4", "--every", "1", "--out"]
+    assert train_mlip.main([*run, str(tmp_path / "whole")]) == 0
+    assert train_mlip.main([*run, str(tmp_path / "parts"), "--stop-after", "1"]) == 0
+    assert not (tmp_path / "parts" / "potential.pt").exists()
+    assert train_mlip.main([*run, str(tmp_path / "parts"), "--resume", "--stop-after", "3"]) == 0
+    assert train_mlip.main([*run, str(tmp_path / "parts"), "--resume"]) == 0
+    whole, parts = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts")
+    )
+    assert whole["trainer"]["history"] == parts["trainer"]["history"]
+    for state in ("model", "averaged"):
+        for name, value in whole["trainer"][state].items():
+            assert torch.equal(value, parts["trainer"][state][name]), name
+    potentials = [
+        torch.load(tmp_path / name / "potential.pt", weights_only=True) for name in ("whole", "parts")
+    ]
+    assert potentials[0]["config"] == potentials[1]["config"]
+
+    capsys.readouterr()
+    elsewhere = [*run, str(tmp_path / "parts"), "--resume"]
+    assert train_mlip.main([*elsewhere, "--seed", "7"]) == 2
+    assert "was made with --seed 0, not 7" in capsys.readouterr().err
+    assert train_mlip.main([*files[:2], *elsewhere[2 + len(files[:2]) :]]) == 2
+    assert "other training, validation or test frames" in capsys.readouterr().err
+    assert train_mlip.main([*run, str(tmp_path / "none"), "--resume"]) == 2
+    assert "there is no" in capsys.readouterr().err
