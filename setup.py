@@ -25,7 +25,7 @@ except ImportError as error:
     )
 
 # Backends whose sources are in csrc/.
-SOURCES = {"cpu": ["ops.cpp", "cell_list.cpp", "neighbors_cpu.cpp", "pair_vectors_cpu.cpp"]}
+SOURCES = {"cpu": ["ops.cpp", "cell_list.cpp", "tile.cpp", "neighbors_cpu.cpp", "pair_vectors_cpu.cpp"]}
 BACKENDS = ("cpu", "cuda", "hip")
 TOOLKITS = {
     "cuda": ("a CUDA build of torch and the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),

@@ -1,189 +1,18 @@
 // The search: walk the candidates of every bin, test them with the exact arithmetic, count, then fill.
 //
-// One traversal, two sinks. Candidates of a bin are copied into a tile (structure of arrays, small enough
-// for the first-level cache) and tested against each atom of the bin, so the inner loops are straight-line
-// code over contiguous arrays that the compiler turns into vector instructions. Rows are written where an
-// exclusive scan of the counts puts them: their order does not depend on bins or threads.
+// One traversal, two sinks. Candidates of a bin are copied into a tile (tile.h) and tested against each atom of
+// the bin. Rows are written where an exclusive scan of the counts puts them: their order does not depend on
+// bins or threads.
 
 #include "neighbors_cpu.h"
 
 #include <unistd.h>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
-#include <array>
-#include <numeric>
-
-// The inner loops again for wider vector units, chosen when the library is loaded. Not for sanitizers: they
-// would instrument the chooser, which runs before they are set up.
-#if defined(__x86_64__) && defined(__linux__) && !defined(DIFFNL_SANITIZE)
-#define DIFFNL_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define DIFFNL_VECTOR_CLONES
-#endif
+#include "tile.h"
 
 namespace diffnl {
 
 namespace {
-
-constexpr int kTileSize = 1024;
-
-// Candidates around one bin. S = s + W_i for the atom i at hand; t = S @ h is kept for the last W_i, which
-// nearly always is that of the next atom too.
-template <typename T>
-struct Tile {
-  int size = 0;
-  std::array<T, kTileSize> x, y, z;     // positions as given
-  std::array<T, kTileSize> s0, s1, s2;  // m - W_j
-  std::array<T, kTileSize> tx, ty, tz;  // t for W_i = (w0, w1, w2)
-  std::array<T, kTileSize> d2;          // of the atom tested last
-  std::array<int64_t, kTileSize> j;     // the caller's number of the candidate
-  T w0 = 0, w1 = 0, w2 = 0;
-  // Where the bin's own atoms stand with S = 0: sorted atom a is entry a - home_shift.
-  int64_t home_first = 0, home_last = 0, home_shift = 0;
-};
-
-using Selection = std::array<int32_t, kTileSize + 3>;  // entries of a tile, and what select_below runs over
-
-template <typename T>
-[[gnu::always_inline]] inline void translate_loop(Tile<T>& t, const T* h) {
-  for (int c = 0; c < t.size; ++c) {
-    const T s0 = t.s0[c] + t.w0, s1 = t.s1[c] + t.w1, s2 = t.s2[c] + t.w2;
-    t.tx[c] = cell_translation(s0, s1, s2, h, 0);
-    t.ty[c] = cell_translation(s0, s1, s2, h, 1);
-    t.tz[c] = cell_translation(s0, s1, s2, h, 2);
-  }
-}
-
-template <typename T>
-[[gnu::always_inline]] inline int count_loop(const Tile<T>& t, Vec3<T> ri, T cutoff2) {
-  int count = 0;
-  for (int c = 0; c < t.size; ++c) {
-    const Vec3<T> v = pair_vector<T>(ri, {t.x[c], t.y[c], t.z[c]}, {t.tx[c], t.ty[c], t.tz[c]});
-    count += squared_length(v) < cutoff2 ? 1 : 0;
-  }
-  return count;
-}
-
-template <typename T>
-[[gnu::always_inline]] inline void measure_loop(Tile<T>& t, Vec3<T> ri) {
-  for (int c = 0; c < t.size; ++c) {
-    const Vec3<T> v = pair_vector<T>(ri, {t.x[c], t.y[c], t.z[c]}, {t.tx[c], t.ty[c], t.tz[c]});
-    t.d2[c] = squared_length(v);
-  }
-}
-
-template <typename T>
-struct Box {
-  T centre[3], half[3];  // half the edges
-};
-
-// Four times the squared distances of points, moved by `image`, to a box; 0 inside: 2 max(d, 0) = d + |d|
-// needs no comparison, which the compiler would not vectorize everywhere.
-template <typename T>
-[[gnu::always_inline]] inline void gap_loop(const T* __restrict x, const T* __restrict y, const T* __restrict z,
-                                            int size, Vec3<T> image, const Box<T>& box, T* __restrict gap4) {
-  const T x0 = image.x - box.centre[0], y0 = image.y - box.centre[1], z0 = image.z - box.centre[2];
-  for (int n = 0; n < size; ++n) {
-    const T dx = std::abs(x[n] + x0) - box.half[0];
-    const T dy = std::abs(y[n] + y0) - box.half[1];
-    const T dz = std::abs(z[n] + z0) - box.half[2];
-    gap4[n] = squared_length<T>({dx + std::abs(dx), dy + std::abs(dy), dz + std::abs(dz)});
-  }
-}
-
-DIFFNL_VECTOR_CLONES void measure_gaps4(const float* x, const float* y, const float* z, int size,
-                                        Vec3<float> image, const Box<float>& box, float* gap4) {
-  gap_loop(x, y, z, size, image, box, gap4);
-}
-DIFFNL_VECTOR_CLONES void measure_gaps4(const double* x, const double* y, const double* z, int size,
-                                        Vec3<double> image, const Box<double>& box, double* gap4) {
-  gap_loop(x, y, z, size, image, box, gap4);
-}
-DIFFNL_VECTOR_CLONES void translate(Tile<float>& t, const float* h) { translate_loop(t, h); }
-DIFFNL_VECTOR_CLONES void translate(Tile<double>& t, const double* h) { translate_loop(t, h); }
-DIFFNL_VECTOR_CLONES int count_within(const Tile<float>& t, Vec3<float> r, float c2) {
-  return count_loop(t, r, c2);
-}
-DIFFNL_VECTOR_CLONES int count_within(const Tile<double>& t, Vec3<double> r, double c2) {
-  return count_loop(t, r, c2);
-}
-// The chosen entries of a tile as one stretch of row i.
-template <typename T>
-[[gnu::always_inline]] inline void write_loop(const Tile<T>& t, Vec3<T> ri, const int32_t* __restrict chosen,
-                                              int count, int64_t* __restrict mapping_j, int32_t* __restrict shifts,
-                                              T* __restrict vectors) {
-  for (int n = 0; n < count; ++n) mapping_j[n] = t.j[chosen[n]];
-  for (int n = 0; n < count; ++n) {
-    const int c = chosen[n];
-    shifts[3 * n] = static_cast<int32_t>(t.s0[c] + t.w0);
-    shifts[3 * n + 1] = static_cast<int32_t>(t.s1[c] + t.w1);
-    shifts[3 * n + 2] = static_cast<int32_t>(t.s2[c] + t.w2);
-  }
-  for (int n = 0; n < count; ++n) {
-    const int c = chosen[n];
-    const Vec3<T> v = pair_vector<T>(ri, {t.x[c], t.y[c], t.z[c]}, {t.tx[c], t.ty[c], t.tz[c]});
-    vectors[3 * n] = v.x;
-    vectors[3 * n + 1] = v.y;
-    vectors[3 * n + 2] = v.z;
-  }
-}
-
-DIFFNL_VECTOR_CLONES void write_row(const Tile<float>& t, Vec3<float> r, const int32_t* chosen, int count,
-                                    int64_t* mapping_j, int32_t* shifts, float* vectors) {
-  write_loop(t, r, chosen, count, mapping_j, shifts, vectors);
-}
-DIFFNL_VECTOR_CLONES void write_row(const Tile<double>& t, Vec3<double> r, const int32_t* chosen, int count,
-                                    int64_t* mapping_j, int32_t* shifts, double* vectors) {
-  write_loop(t, r, chosen, count, mapping_j, shifts, vectors);
-}
-DIFFNL_VECTOR_CLONES void measure(Tile<float>& t, Vec3<float> r) { measure_loop(t, r); }
-DIFFNL_VECTOR_CLONES void measure(Tile<double>& t, Vec3<double> r) { measure_loop(t, r); }
-
-// Writes the numbers c of the entries with d2[c] < cutoff2 to `chosen`, which has room for three more, and
-// returns how many. A branch for each entry would be mispredicted too often; on x86-64 (SSE2 is always there)
-// four comparisons select one of sixteen ready-made lists of positions.
-#if defined(__SSE2__)
-inline __m128 below(const float* d2, float limit) { return _mm_cmplt_ps(_mm_loadu_ps(d2), _mm_set1_ps(limit)); }
-inline __m128 below(const double* d2, double limit) {
-  const __m128d low = _mm_cmplt_pd(_mm_loadu_pd(d2), _mm_set1_pd(limit));
-  const __m128d high = _mm_cmplt_pd(_mm_loadu_pd(d2 + 2), _mm_set1_pd(limit));
-  return _mm_shuffle_ps(_mm_castpd_ps(low), _mm_castpd_ps(high), _MM_SHUFFLE(2, 0, 2, 0));
-}
-
-struct SetBits {
-  alignas(16) int32_t position[16][4];
-  int32_t count[16];
-};
-constexpr SetBits make_set_bits() {
-  SetBits bits{};
-  for (int mask = 0; mask < 16; ++mask)
-    for (int bit = 0; bit < 4; ++bit)
-      if (mask >> bit & 1) bits.position[mask][bits.count[mask]++] = bit;
-  return bits;
-}
-constexpr SetBits kSetBits = make_set_bits();
-#endif
-
-template <typename T>
-inline int select_below(const T* d2, int size, T cutoff2, int32_t* chosen) {
-  int count = 0, c = 0;
-#if defined(__SSE2__)
-  for (; c + 4 <= size; c += 4) {
-    const int mask = _mm_movemask_ps(below(d2 + c, cutoff2));
-    const __m128i position = _mm_load_si128(reinterpret_cast<const __m128i*>(kSetBits.position[mask]));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(chosen + count), _mm_add_epi32(position, _mm_set1_epi32(c)));
-    count += kSetBits.count[mask];
-  }
-#endif
-  for (; c < size; ++c) {
-    chosen[count] = c;
-    count += d2[c] < cutoff2 ? 1 : 0;
-  }
-  return count;
-}
 
 // Stops a count that has already found more pairs than the machine's memory could hold: a cutoff given in
 // the wrong unit would otherwise count for hours before it fails.
@@ -361,7 +190,7 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
   const double radius = system.radius;
   const Box<T> box = bounding_box(atoms, first, last);
   const T limit4 = static_cast<T>(4.0 * radius * radius * (1.0 + 8.0 * std::numeric_limits<T>::epsilon()));
-  std::array<T, kTileSize> gap4;
+  std::array<T, kTileSize> gaps4;
   Selection near;
 
   const auto visit = [&](int64_t begin, int64_t end, const int64_t* m) {
@@ -375,8 +204,8 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
       const int size = static_cast<int>(std::min<int64_t>(end - begin, kTileSize));
       const size_t from = static_cast<size_t>(begin);
       measure_gaps4(atoms.wrapped[0].data() + from, atoms.wrapped[1].data() + from, atoms.wrapped[2].data() + from,
-                    size, image, box, gap4.data());
-      const int num_near = select_below(gap4.data(), size, limit4, near.data());
+                    size, image, box, gaps4.data());
+      const int num_near = select_below(gaps4.data(), size, limit4, near.data());
       for (int k = 0; k < num_near;) {
         const int taken = std::min(num_near - k, kTileSize - tile.size);
         const int32_t* entries = near.data() + k;

@@ -24,8 +24,8 @@ def _load_library() -> None:
         torch.ops.load_library(libraries[0])
     except OSError as error:
         raise ImportError(
-            f"diffnl's compiled library {libraries[0]} does not load under torch {torch.__version__} (it needs "
-            f"torch >= 2.10): {error}. Rebuild it: run `pip install --no-build-isolation .` in a checkout."
+            f"diffnl's compiled library {libraries[0]} does not load under torch {torch.__version__} (it "
+            f"needs torch >= 2.10): {error}. Rebuild it: run `pip install --no-build-isolation .` in a checkout."
         ) from error
 
 

@@ -123,7 +123,8 @@ def systems(
     num_systems = cell.shape[0]
     if pbc.ndim == 2 and pbc.shape[0] != num_systems:
         raise ValueError(
-            f"`pbc` must have shape (3,) or (B, 3) with B = {num_systems}, the number of cells; got {_shape(pbc)}"
+            f"`pbc` must have shape (3,) or (B, 3) with B = {num_systems}, the number of cells; "
+            f"got {_shape(pbc)}"
         )
     if num_systems == 0 and positions.shape[0] > 0:
         raise ValueError(
@@ -219,12 +220,12 @@ DATA_ERRORS = {
     ),
     "system_idx_out_of_range": "`system_idx` must be in [0, {systems}); got {a} for atom {b}",
     "shift_overflows": (
-        "`positions` must lie within 2**31 cells of each other, so that `shifts` fit int32; got atoms further "
-        "apart, or a `cutoff` that long, in system {a}"
+        "`positions` must lie within 2**31 cells of each other, so that `shifts` fit int32; got atoms "
+        "further apart, or a `cutoff` that long, in system {a}"
     ),
     "images_blur": (
-        "`positions` must lie near enough to each other that {dtype} can tell periodic images apart; got atoms "
-        "(or a `cutoff`) so many cells apart in system {a} that rounding is of the order of the distance "
+        "`positions` must lie near enough to each other that {dtype} can tell periodic images apart; got "
+        "atoms (or a `cutoff`) so many cells apart in system {a} that rounding is of the order of the distance "
         "between images: wrap the positions into the cell, or use float64"
     ),
     "mapping_out_of_range": "`mapping` must hold atom numbers in [0, {atoms}); got {a} in pair {b}",

@@ -142,8 +142,8 @@ class Search(Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         raise NotImplementedError(
-            "the neighbour search cannot be vmapped over positions or cells: systems differ in their number of "
-            "pairs. Search them all in one call with `system_idx` and a (B, 3, 3) `cell`"
+            "the neighbour search cannot be vmapped over positions or cells: systems differ in their number "
+            "of pairs. Search them all in one call with `system_idx` and a (B, 3, 3) `cell`"
         )
 
 

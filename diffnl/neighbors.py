@@ -63,10 +63,11 @@ def neighbor_pairs(
 ) -> Pairs:
     """All pairs of atoms, through all periodic images, closer than a cutoff.
 
-    A pair (i, j, S) has the vector v = (r_j - r_i) + S @ h and is listed iff i and j belong to the same system,
-    it is not an atom with itself (i = j and S = 0), and \\|v\\| < cutoff, strictly. S_k = 0 on open axes. v and
-    the test are computed in the dtype of `positions`, without fused multiply-add: t_c = ((S0*h0c + S1*h1c) +
-    S2*h2c), v_c = (r_jc - r_ic) + t_c, d2 = (vx*vx + vy*vy) + vz*vz, listed iff d2 < cutoff*cutoff.
+    A pair (i, j, S) has the vector v = (r_j - r_i) + S @ h and is listed iff i and j belong to the same
+    system, it is not an atom with itself (i = j and S = 0), and the length of v is below the cutoff, strictly.
+    S_k = 0 on open axes. v and the test are computed in the dtype of `positions`, without fused multiply-add:
+    t_c = ((S0*h0c + S1*h1c) + S2*h2c), v_c = (r_jc - r_ic) + t_c, d2 = (vx*vx + vy*vy) + vz*vz, listed iff
+    d2 < cutoff*cutoff, a product rounded once to that dtype.
 
     Args:
         positions: (N, 3) float32 or float64, any length unit. Atoms may lie outside the cell.
@@ -74,9 +75,9 @@ def neighbor_pairs(
             handedness. None: no periodicity.
         pbc: which axes are periodic: a bool, three bools, or a bool tensor (3,) or (B, 3). None: none.
         cutoff: > 0, in the unit of `positions`; may be many times the cell.
-        system_idx: (N,) integer, the system of each atom, in any order; systems may be empty. None: one system.
-        full: list both (i, j, S) and (j, i, -S). Otherwise one of the two: the one with i < j, or for i = j the
-            one whose S is lexicographically positive.
+        system_idx: (N,) integer, the system of each atom, in any order; systems may be empty. None: one.
+        full: list both (i, j, S) and (j, i, -S). Otherwise one of the two: the one with i < j, or for i = j
+            the one whose S is lexicographically positive.
         sorted: order each row by (j, S). Rows are always in ascending order of i.
 
     Returns:
