@@ -280,7 +280,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--sizes", help=f"atoms a box, cubes (default: {SIZES['cpu']}; cuda: {SIZES['cuda']})")
     add("--batches", help=f"boxes x atoms, like 512x27 (default: none; cuda: {BATCHES['cuda']})")
     add("--peers", help=f"which of {','.join(peers)} (default: all that know the device)")
-    add("--gather", choices=list(GATHERS), default="index_select", help="how plain torch vectors gather")
+    add("--gather", choices=list(GATHERS), default="indexing", help="how plain torch vectors gather")
     add("--budget", type=float, default=1.0, help="seconds a step of a library and system (default: 1)")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     add("--seed", type=int, default=0)

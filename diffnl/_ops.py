@@ -25,7 +25,8 @@ def _load_library() -> None:
     except OSError as error:
         raise ImportError(
             f"diffnl's compiled library {libraries[0]} does not load under torch {torch.__version__} (it "
-            f"needs torch >= 2.10): {error}. Rebuild it: run `pip install --no-build-isolation .` in a checkout."
+            f"needs torch >= 2.10): {error}. Rebuild it: run `pip install --no-build-isolation .` in a "
+            "checkout of diffnl."
         ) from error
 
 

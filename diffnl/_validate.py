@@ -225,8 +225,8 @@ DATA_ERRORS = {
     ),
     "images_blur": (
         "`positions` must lie near enough to each other that {dtype} can tell periodic images apart; got "
-        "atoms (or a `cutoff`) so many cells apart in system {a} that rounding is of the order of the distance "
-        "between images: wrap the positions into the cell, or use float64"
+        "atoms (or a `cutoff`) so many cells apart in system {a} that rounding is of the order of the "
+        "distance between images: wrap the positions into the cell, or use float64"
     ),
     "mapping_out_of_range": "`mapping` must hold atom numbers in [0, {atoms}); got {a} in pair {b}",
 }

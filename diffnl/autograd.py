@@ -20,9 +20,10 @@ from torch.autograd import Function
 from . import _ops
 
 
-def _fixed_signature(forward):
-    """Stores the signature that Function.apply would otherwise work out again at every call (15 us)."""
-    forward.__signature__ = inspect.signature(forward)
+def _bind_nothing(forward):
+    """Function.apply binds its arguments to forward's signature at every call; one without names costs 20 us
+    less. All arguments are positional here, so there is nothing to bind."""
+    forward.__signature__ = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
     return forward
 
 
@@ -56,7 +57,7 @@ class PairVectors(Function):
     """positions (N, 3), cell (B, 3, 3) or None, list -> vectors (P, 3)."""
 
     @staticmethod
-    @_fixed_signature
+    @_bind_nothing
     def forward(positions, cell, mapping, shifts, system_idx):
         return _ops.pair_vectors(positions, cell, mapping, shifts, system_idx)
 
@@ -84,7 +85,7 @@ class PairVectorsAdjoint(Function):
     """grad (P, 3), list -> gradients (N, 3) and (B, 3, 3); one that is not needed has no rows."""
 
     @staticmethod
-    @_fixed_signature
+    @_bind_nothing
     def forward(grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell):
         return _ops.pair_vectors_adjoint(
             grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell
@@ -118,7 +119,7 @@ class Search(Function):
     """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ... -> mapping (2, P), shifts (P, 3), vectors (P, 3)."""
 
     @staticmethod
-    @_fixed_signature
+    @_bind_nothing
     def forward(positions, cell, pbc, system_idx, cutoff, full, sorted):
         return _ops.neighbor_pairs(positions, cell, pbc, system_idx, cutoff, full, sorted)
 

@@ -64,7 +64,7 @@ def neighbor_pairs(
     """All pairs of atoms, through all periodic images, closer than a cutoff.
 
     A pair (i, j, S) has the vector v = (r_j - r_i) + S @ h and is listed iff i and j belong to the same
-    system, it is not an atom with itself (i = j and S = 0), and the length of v is below the cutoff, strictly.
+    system, it is not an atom with itself (i = j and S = 0), and v is shorter than the cutoff, strictly.
     S_k = 0 on open axes. v and the test are computed in the dtype of `positions`, without fused multiply-add:
     t_c = ((S0*h0c + S1*h1c) + S2*h2c), v_c = (r_jc - r_ic) + t_c, d2 = (vx*vx + vy*vy) + vz*vz, listed iff
     d2 < cutoff*cutoff, a product rounded once to that dtype.
