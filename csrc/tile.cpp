@@ -2,8 +2,8 @@
 
 #include "tile.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 // The width is chosen when the library is loaded. Without contraction all give the same bits. Not for
@@ -77,9 +77,19 @@ DIFFNL_INLINE void gap_loop(const T* __restrict x, const T* __restrict y, const 
   }
 }
 
-// A branch for each entry would be mispredicted too often. On x86-64, where SSE2 is always there, four
-// comparisons at a time pick one of sixteen ready-made lists of positions.
-#if defined(__SSE2__)
+// Selection: a branch for each entry would be mispredicted too often, so entries are compared several at a time
+// and the numbers of those that pass are moved together in a register.
+template <typename T>
+inline int select_plain(const T* values, int n, int size, T limit, int32_t* chosen, int count) {
+  for (; n < size; ++n) {
+    chosen[count] = n;
+    count += values[n] < limit ? 1 : 0;
+  }
+  return count;
+}
+
+#if defined(__x86_64__)
+// SSE2, which is always there: four comparisons pick one of sixteen ready-made lists of positions.
 inline int mask_below(const float* values, float limit) {
   return _mm_movemask_ps(_mm_cmplt_ps(_mm_loadu_ps(values), _mm_set1_ps(limit)));
 }
@@ -101,25 +111,57 @@ constexpr SetBits make_set_bits() {
   return bits;
 }
 constexpr SetBits kSetBits = make_set_bits();
-#endif
 
 template <typename T>
-inline int select_loop(const T* values, int size, T limit, int32_t* chosen) {
-  int count = 0, n = 0;
-#if defined(__SSE2__)
-  for (; n + 4 <= size; n += 4) {
+int select_sse2(const T* values, int size, T limit, int32_t* chosen) {
+  int count = 0;
+  const int whole = size & ~3;
+  for (int n = 0; n < whole; n += 4) {
     const int mask = mask_below(values + n, limit);
     const __m128i position = _mm_load_si128(reinterpret_cast<const __m128i*>(kSetBits.position[mask]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(chosen + count), _mm_add_epi32(position, _mm_set1_epi32(n)));
     count += kSetBits.count[mask];
   }
-#endif
-  for (; n < size; ++n) {
-    chosen[count] = n;
-    count += values[n] < limit ? 1 : 0;
-  }
-  return count;
+  return select_plain(values, whole, size, limit, chosen, count);
 }
+
+// AVX-512 compresses the numbers themselves.
+#define DIFFNL_AVX512 __attribute__((target("avx512f")))
+DIFFNL_AVX512 inline unsigned mask16_below(const float* values, float limit) {
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(values), _mm512_set1_ps(limit), _CMP_LT_OQ);
+}
+DIFFNL_AVX512 inline unsigned mask16_below(const double* values, double limit) {
+  const __m512d limits = _mm512_set1_pd(limit);
+  const unsigned low = _mm512_cmp_pd_mask(_mm512_loadu_pd(values), limits, _CMP_LT_OQ);
+  const unsigned high = _mm512_cmp_pd_mask(_mm512_loadu_pd(values + 8), limits, _CMP_LT_OQ);
+  return low | high << 8;
+}
+
+template <typename T>
+DIFFNL_AVX512 int select_avx512(const T* values, int size, T limit, int32_t* chosen) {
+  int count = 0;
+  const int whole = size & ~15;
+  __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int n = 0; n < whole; n += 16) {
+    const unsigned mask = mask16_below(values + n, limit);
+    _mm512_storeu_si512(chosen + count, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), number));
+    number = _mm512_add_epi32(number, _mm512_set1_epi32(16));
+    count += __builtin_popcount(mask);
+  }
+  return select_plain(values, whole, size, limit, chosen, count);
+}
+
+template <typename T>
+int select_loop(const T* values, int size, T limit, int32_t* chosen) {
+  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
+  return has_avx512 ? select_avx512(values, size, limit, chosen) : select_sse2(values, size, limit, chosen);
+}
+#else
+template <typename T>
+int select_loop(const T* values, int size, T limit, int32_t* chosen) {
+  return select_plain(values, 0, size, limit, chosen, 0);
+}
+#endif
 
 }  // namespace
 

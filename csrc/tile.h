@@ -29,7 +29,7 @@ struct Tile {
 };
 
 // Numbers of chosen entries, with room for what select_below writes past the last one.
-using Selection = std::array<int32_t, kTileSize + 3>;
+using Selection = std::array<int32_t, kTileSize + 16>;
 
 template <typename T>
 struct Box {
