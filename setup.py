@@ -84,6 +84,7 @@ def extension(backend: str) -> CppExtension:
         # The contract's arithmetic, to the bit: no fused multiply-add, no other rounding.
         "-ffp-contract=off",
         "-fno-math-errno",
+        "-Wno-psabi",  # vectors of four doubles stay inside one file
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DTORCH_STABLE_ONLY",
         f'-DDIFFNL_BACKENDS="{backend}"',

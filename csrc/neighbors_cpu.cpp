@@ -145,8 +145,11 @@ struct FillSink {
   }
 };
 
+// Of the atoms first .. last; or of everything, where the squared reach overflows and nothing may be left out.
 template <typename T>
-Box<T> bounding_box(const SortedAtoms<T>& atoms, int64_t first, int64_t last) {
+Box<T> bounding_box(const SortedAtoms<T>& atoms, int64_t first, int64_t last, T limit4) {
+  constexpr T most = std::numeric_limits<T>::max();
+  if (!(limit4 < most)) return {{0, 0, 0}, {most, most, most}};
   Box<T> box;
   for (int k = 0; k < 3; ++k) {
     const auto [low, high] =
@@ -188,8 +191,8 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
   // Only candidates within reach of the box around the bin's atoms enter the tile.
   const System& system = search.list.system(b);
   const double radius = system.radius;
-  const Box<T> box = bounding_box(atoms, first, last);
   const T limit4 = static_cast<T>(4.0 * radius * radius * (1.0 + 8.0 * std::numeric_limits<T>::epsilon()));
+  const Box<T> box = bounding_box(atoms, first, last, limit4);
   std::array<T, kTileSize> gaps4;
   Selection near;
 

@@ -120,3 +120,11 @@ def test_far_positions_are_listed_exactly_or_refused(dtype, device):
     listed = outcomes.count("listed")
     assert outcomes == ["listed"] * listed + ["refused"] * (20 - listed)
     assert 4 <= listed <= 14
+
+
+def test_lengths_near_the_end_of_float32():
+    """Where four times a squared distance overflows and the squared distance does not."""
+    positions = torch.tensor([[0.0, 0.0, 0.0], [1.5e19, 0.0, 0.0]])
+    pairs = diffnl.neighbor_pairs(positions, None, None, 1.6e19)
+    oracle = diffnl.reference.neighbor_pairs(positions, None, None, 1.6e19)
+    assert pairs.mapping.tolist() == oracle.mapping.tolist() == [[0, 1], [1, 0]]
