@@ -247,7 +247,7 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
 template <typename T, typename MakeSink>
 void traverse(const Search<T>& search, Budget& budget, const MakeSink& make_sink) {
   const int64_t n = search.in.num_atoms;
-  const int64_t block = std::clamp<int64_t>(n / (8 * int64_t(torch::stable::get_num_threads())), 32, 512);
+  const int64_t block = std::clamp<int64_t>(n / (8 * int64_t(torch::stable::get_num_threads())), 16, 512);
   parallel_blocks(n, block, [&](int64_t begin, int64_t end) {
     const SortedAtoms<T>& atoms = search.list.atoms();
     auto sink = make_sink();
