@@ -3,7 +3,6 @@
 // Callers go through diffnl/_ops.py, which has checked shapes, dtypes and devices. What is checked here again
 // only keeps a direct call of an operator from reading outside its tensors.
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,6 +14,7 @@
 #include <string>
 #include <tuple>
 
+#include "large_pages.h"
 #include "neighbors_cpu.h"
 
 namespace diffnl {
@@ -44,19 +44,6 @@ ScalarType floating_dtype(const Tensor& t) {
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                   "diffnl: tensors must be float32 or float64");
   return dtype;
-}
-
-// A large output is fresh memory from the kernel, and getting it in pages of 4 KiB can cost more than the
-// search that fills it: ask for large pages where the system leaves the choice to the program.
-void prefer_large_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(page - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {

@@ -10,6 +10,7 @@
 
 #include <memory>
 
+#include "large_pages.h"
 #include "neighbors_cpu.h"
 
 namespace diffnl {
@@ -85,6 +86,7 @@ bool scatter_chunk(const PairList& list, const T* grad, int64_t first, int64_t l
                    std::atomic<int64_t>& bad_pair) {
   using V = typename Lanes<T>::type;
   constexpr int64_t kCellBlock = 256;
+  constexpr int64_t kAhead = 24;  // pairs: rows of j lie anywhere, so they are asked for before their turn
   const int64_t *row_of = list.mapping, *column_of = list.mapping + list.num_pairs;
   int64_t row = -1, system = 0;
   V row_sum = {}, cell_sum[3] = {};
@@ -128,6 +130,7 @@ bool scatter_chunk(const PairList& list, const T* grad, int64_t first, int64_t l
     const int64_t end = std::min(last, begin + kCellBlock);
     int64_t p = begin;
     for (; p < end - 1; ++p) {  // the spare lane reads the next pair's gradient
+      if (kPositions && p + kAhead < last) __builtin_prefetch(rows + 4 * column_of[p + kAhead], 1);
       if (!take(p, *reinterpret_cast<const V*>(grad + 3 * p))) break;
     }
     const T* g = grad + 3 * p;
@@ -150,6 +153,7 @@ void adjoint(const PairList& list, const T* grad, T* grad_positions, T* grad_cel
       std::clamp<int64_t>(list.num_pairs / std::max(2 * (row_size + cell_size), kPairBlock / 2), 1, kMostChunks);
   const std::unique_ptr<T[]> rows(new T[static_cast<size_t>(chunks * row_size)]);
   const std::unique_ptr<double[]> cells(new double[static_cast<size_t>(chunks * cell_size)]);
+  prefer_large_pages(rows.get(), chunks * row_size * static_cast<int64_t>(sizeof(T)));
   std::atomic<int64_t> bad_pair{-1};
   parallel_blocks(chunks, 1, [&](int64_t chunk, int64_t) {
     const int64_t first = list.num_pairs * chunk / chunks, last = list.num_pairs * (chunk + 1) / chunks;
