@@ -63,17 +63,14 @@ def forces_and_stress(
     if cell is None:
         system_idx = _validate.system_idx(system_idx, positions)
         energy = _validate.energy(energy, None)
-        (grad,) = torch.autograd.grad(
-            energy.sum(), (positions,), create_graph=create_graph, materialize_grads=True
-        )
+        (grad,) = _gradients(energy, (positions,), create_graph)
         return -grad, None
 
-    cells = _validate.requires_grad("cell", _validate.cell(cell, positions))
+    cells = _validate.cell(cell, positions)
+    _validate.requires_grad("cell", cell)  # not the view above, which has no graph under no_grad
     system_idx = _validate.system_of_atom(system_idx, cells, positions)
     energy = _validate.energy(energy, cells.shape[0])
-    grad_positions, grad_cell = torch.autograd.grad(
-        energy.sum(), (positions, cell), create_graph=create_graph, materialize_grads=True
-    )
+    grad_positions, grad_cell = _gradients(energy, (positions, cell), create_graph)
     with torch.set_grad_enabled(create_graph):
         if system_idx is None:
             from_positions = (positions.mT @ grad_positions).expand_as(cell)
@@ -83,3 +80,9 @@ def forces_and_stress(
         strain_gradient = from_positions + cell.mT @ grad_cell
         volume = torch.linalg.det(cell).abs()[..., None, None]
         return -grad_positions, 0.5 * (strain_gradient + strain_gradient.mT) / volume
+
+
+def _gradients(energy: Tensor, inputs: tuple[Tensor, ...], create_graph: bool) -> tuple[Tensor, ...]:
+    """Gradients of the sum of the energies. The sum is not taken: under no_grad it would have no graph."""
+    ones = torch.ones_like(energy)
+    return torch.autograd.grad(energy, inputs, ones, create_graph=create_graph, materialize_grads=True)

@@ -198,3 +198,13 @@ def test_energy_that_depends_on_one_input_alone(device):
     forces, stress = diffnl.forces_and_stress(torch.linalg.det(cell), positions, cell)
     assert torch.equal(forces, torch.zeros_like(forces))
     torch.testing.assert_close(stress, torch.eye(3, dtype=cell.dtype, device=device))
+
+
+def test_under_no_grad_an_energy_with_a_graph_still_has_forces_and_stress():
+    positions = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    cell = (3.0 * torch.eye(3, dtype=torch.float64)).requires_grad_()
+    energy = diffnl.neighbor_pairs(positions, cell, True, 4.0).distances.sum()
+    with torch.no_grad():
+        forces, stress = diffnl.forces_and_stress(energy, positions, cell)
+    torch.testing.assert_close(forces, torch.zeros_like(positions))
+    torch.testing.assert_close(stress, 6.0 / 27.0 * torch.eye(3, dtype=torch.float64))
