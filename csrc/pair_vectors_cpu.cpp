@@ -82,7 +82,7 @@ struct Lanes<double> {
 // Sums of the pairs first .. last of the list, into rows (N, 4) and cells (B, 9) of their own, both zero at
 // the start. The cell's sums are kept in T for at most kCellBlock pairs, then added up in float64.
 template <typename T, bool kPositions, bool kCell>
-bool scatter_chunk(const PairList& list, const T* grad, int64_t first, int64_t last, T* rows, double* cells,
+void scatter_chunk(const PairList& list, const T* grad, int64_t first, int64_t last, T* rows, double* cells,
                    std::atomic<int64_t>& bad_pair) {
   using V = typename Lanes<T>::type;
   constexpr int64_t kCellBlock = 256;
@@ -136,12 +136,11 @@ bool scatter_chunk(const PairList& list, const T* grad, int64_t first, int64_t l
     const T* g = grad + 3 * p;
     if (p < end - 1 || !take(p, V{g[0], g[1], g[2], 0})) {
       bad_pair = p;
-      return false;
+      return;
     }
     close_cell();
   }
   close_row();
-  return true;
 }
 
 template <typename T, bool kPositions, bool kCell>
