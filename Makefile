@@ -12,10 +12,10 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
-ASAN := build/asan
+CXX_SOURCES := $(foreach kind,cpp h hip cu,$(wildcard csrc/*.$(kind) tests/hostgpu/*.$(kind) tests/hostgpu/hip/*.$(kind)))
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
 
-.PHONY: demo elastic test asan lint format bench wheel clean
+.PHONY: demo elastic test asan hip hostgpu hostgpu32 hostgpu64 hostgpu-asan lint format bench wheel clean
 
 demo: $(VENV)/examples.installed
 	$(BIN)/python examples/train_mlip.py $(ARGS)
@@ -27,15 +27,47 @@ test: $(VENV)/test.installed
 	$(BIN)/python -m pytest $(ARGS)
 
 # The list and gradient tests again, on a library built with AddressSanitizer and UndefinedBehaviorSanitizer.
-# Leak checking is off: the Python interpreter does not free everything at its end.
 asan: $(VENV)/test.installed
-	DIFFNL_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(ASAN) --build-temp $(ASAN)/objects
-	cp diffnl/*.py $(ASAN)/diffnl/
-	$(ASAN_RUN) $(BIN)/python -P -c "import diffnl; assert '$(ASAN)' in diffnl.__file__, diffnl.__file__"
-	$(ASAN_RUN) $(BIN)/pytest -p no:cacheprovider tests/test_list.py tests/test_hypothesis.py \
-	    tests/test_derivatives.py $(ARGS)
+	DIFFNL_BACKEND=cpu DIFFNL_SANITIZE=1 $(call build_into,build/asan)
+	$(SANITIZED) PYTHONPATH=build/asan $(BIN)/python -P -c "$(call expect,build/asan,cpu)"
+	$(SANITIZED) PYTHONPATH=build/asan $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) $(ARGS)
 
-ASAN_RUN = PYTHONPATH=$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+# The HIP backend without ROCm and without an AMD GPU: compiles, links, loads, keeps within its registers.
+# Takes Debian's clang-19 and HIP libraries; tools/check_hip.py names the packages if they are missing.
+hip: $(VENV)/torch.installed
+	$(BIN)/python tools/check_hip.py $(ARGS)
+
+# The GPU kernels compiled as C++ and run on the CPU, with waves of 32 and of 64 threads, then sanitized.
+hostgpu: hostgpu32 hostgpu64 hostgpu-asan
+
+hostgpu32 hostgpu64: hostgpu%: $(VENV)/test.installed
+	DIFFNL_BACKEND=hostgpu DIFFNL_WAVE=$* $(call build_into,build/$@)
+	$(CXX) $(SHIM) -O2 -DDIFFNL_WAVE=$* -o build/$@/test_shim
+	build/$@/test_shim
+	PYTHONPATH=build/$@ $(BIN)/python -P -c "$(call expect,build/$@,hostgpu)"
+	$(QUICK) PYTHONPATH=build/$@ $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) tests/test_autograd.py \
+	    tests/test_errors.py $(ARGS)
+
+hostgpu-asan: $(VENV)/test.installed
+	DIFFNL_BACKEND=hostgpu DIFFNL_WAVE=64 DIFFNL_SANITIZE=1 $(call build_into,build/$@)
+	$(CXX) $(SHIM) -O1 -DDIFFNL_WAVE=64 $(SANITIZERS) -o build/$@/test_shim
+	build/$@/test_shim
+	$(SANITIZED) PYTHONPATH=build/$@ $(BIN)/python -P -c "$(call expect,build/$@,hostgpu)"
+	$(QUICK) $(SANITIZED) PYTHONPATH=build/$@ $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) $(ARGS)
+
+SEARCH_TESTS := tests/test_list.py tests/test_hypothesis.py tests/test_derivatives.py
+SHIM := -std=c++20 -Wall -ffp-contract=off -Itests/hostgpu tests/hostgpu/test_shim.cpp tests/hostgpu/hip/hip_runtime.cpp
+# Fewer examples where an emulator runs the kernels; HYPOTHESIS_PROFILE=thorough asks for more than plenty.
+QUICK := HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),quick)
+
+# The package in a folder of its own, built as the environment variables before the call say.
+build_into = $(BIN)/python setup.py -q build_ext --build-lib $(1) --build-temp $(1)/objects && \
+    cp diffnl/*.py $(1)/diffnl/
+# Python that fails unless the package comes from folder $(1) and has backend $(2).
+expect = import diffnl; f, b = diffnl.__file__, diffnl.build_info()['backends']; \
+    assert '$(1)/' in f and '$(2)' in b, (f, b)
+# Leak checking is off: the Python interpreter does not free everything at its end.
+SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 
 lint: $(VENV)/lint.installed

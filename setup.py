@@ -1,41 +1,71 @@
 """Builds diffnl's extension for the torch that is installed.
 
 The backend follows the torch in this environment, never the GPU that happens to be present: a ROCm torch
-means `hip`, a CUDA torch with a CUDA toolkit means `cuda`, anything else `cpu`. Environment variables:
+means `hip`, a CUDA torch with a CUDA toolkit means `cuda`, anything else `cpu`. A GPU build holds the CPU
+backend too. Environment variables:
 
-    DIFFNL_BACKEND   cpu | cuda | hip   use this backend or fail
-    DIFFNL_SANITIZE  1                  AddressSanitizer and UndefinedBehaviorSanitizer (`make asan`)
+    DIFFNL_BACKEND        cpu | cuda | hip   use this backend or fail
+    TORCH_CUDA_ARCH_LIST  "8.0;9.0+PTX"      NVIDIA architectures (default: CUDA_ARCHS that nvcc knows)
+    PYTORCH_ROCM_ARCH     "gfx90a;gfx1100"   AMD architectures (default: ROCM_ARCHS)
+    DIFFNL_SANITIZE       1                  AddressSanitizer and UndefinedBehaviorSanitizer (`make asan`)
+
+For the tests alone (`make hostgpu`) there is a fourth backend: DIFFNL_BACKEND=hostgpu compiles the GPU
+kernels as C++ against tests/hostgpu and runs them on the CPU, with waves of DIFFNL_WAVE (32 or 64) threads.
 """
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, ROCM_HOME, BuildExtension, CppExtension
+    from torch.utils.cpp_extension import (
+        CUDA_HOME,
+        ROCM_HOME,
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+        include_paths,
+        library_paths,
+    )
 except ImportError as error:
     sys.exit(
         f"diffnl builds against the torch of this environment, and importing it failed: {error}\n"
         "Install torch >= 2.10 first, then: pip install --no-build-isolation ."
     )
 
-# Backends whose sources are in csrc/.
-SOURCES = {"cpu": ["ops.cpp", "cell_list.cpp", "tile.cpp", "neighbors_cpu.cpp", "pair_vectors_cpu.cpp"]}
-BACKENDS = ("cpu", "cuda", "hip")
+BACKENDS = ("cpu", "cuda", "hip", "hostgpu")
+KERNELS = ["cell_list_gpu.hip", "neighbors.hip", "pair_vectors_gpu.hip", "sorted_rows_gpu.hip"]
+CPU = ["ops.cpp", "ops_cpu.cpp", "cell_list.cpp", "tile.cpp", "neighbors_cpu.cpp", "pair_vectors_cpu.cpp"]
+SOURCES = {
+    "cpu": CPU,
+    "cuda": [*CPU, "neighbors_gpu.cpp", "neighbors_nvcc.cu"],  # the .cu includes the kernels
+    "hip": [*CPU, "neighbors_gpu.cpp", *KERNELS],
+    "hostgpu": ["ops.cpp", "neighbors_gpu.cpp", *KERNELS],  # the kernels take the CPU backend's place
+}
 TOOLKITS = {
     "cuda": ("a CUDA build of torch and the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),
     "hip": ("a ROCm build of torch and the ROCm toolkit (hipcc; ROCM_HOME names its folder)", "hipcc"),
 }
+# What data centres and desks hold today; the last of these that nvcc knows is added as PTX for cards to come.
+CUDA_ARCHS = ["7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+ROCM_ARCHS = ["gfx90a", "gfx942", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201"]
+
+# The contract's arithmetic, to the bit: no fused multiply-add, no other rounding.
+EXACT = "-ffp-contract=off"
+TORCH_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 
 
 def has_toolkit(backend: str) -> bool:
     """Whether torch was built for `backend` and its compiler can be found."""
-    if backend == "cpu":
+    if backend in ("cpu", "hostgpu"):
         return True
     version, home = {
         "cuda": (torch.version.cuda, CUDA_HOME),
@@ -54,12 +84,14 @@ def choose_backend() -> str:
             f"DIFFNL_BACKEND={wanted} needs {TOOLKITS[wanted][0]}. Here torch is {torch.__version__} and "
             f"{TOOLKITS[wanted][1]} is {'found' if shutil.which(TOOLKITS[wanted][1]) else 'not found'}."
         )
-    if wanted and wanted not in SOURCES:
-        sys.exit(f"DIFFNL_BACKEND={wanted}: this version of diffnl has no {wanted} kernels yet; use cpu.")
     if wanted:
         return wanted
-    best = "hip" if has_toolkit("hip") else "cuda" if has_toolkit("cuda") else "cpu"
-    return best if best in SOURCES else "cpu"
+    for backend, version in (("hip", torch.version.hip), ("cuda", torch.version.cuda)):
+        if has_toolkit(backend):
+            return backend
+        if version is not None:
+            print(f"diffnl: CPU backend only; {backend} needs {TOOLKITS[backend][0]}.", file=sys.stderr)
+    return "cpu"
 
 
 def check_compiler() -> None:
@@ -72,45 +104,143 @@ def check_compiler() -> None:
         )
 
 
-def extension(backend: str) -> CppExtension:
-    """The shared library diffnl/_C.abi3.so for `backend`."""
-    sanitize = os.environ.get("DIFFNL_SANITIZE", "0") == "1"
-    compile_args = [
+def nvcc_archs() -> list[str]:
+    """Those of CUDA_ARCHS that the nvcc at hand can compile for, the last one as PTX too."""
+    nvcc = str(Path(CUDA_HOME, "bin", "nvcc"))
+    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch.replace('.', '')}" in known]
+    if not archs:
+        sys.exit(f"{nvcc} knows none of {', '.join(CUDA_ARCHS)}; name architectures in TORCH_CUDA_ARCH_LIST.")
+    return [*archs[:-1], f"{archs[-1]}+PTX"]
+
+
+def architectures(backend: str) -> list[str]:
+    """The GPU architectures to compile for."""
+    if backend not in ("cuda", "hip"):
+        return []
+    variable = {"cuda": "TORCH_CUDA_ARCH_LIST", "hip": "PYTORCH_ROCM_ARCH"}[backend]
+    archs = re.split(r"[;,\s]+", os.environ.get(variable, "").strip(" ;,"))
+    if archs == [""]:
+        archs = nvcc_archs() if backend == "cuda" else ROCM_ARCHS
+    # torch makes compiler flags of the variable; without one it would look for a GPU.
+    os.environ[variable] = ";".join(archs)
+    return archs
+
+
+def cxx_flags(backend: str, archs: list[str]) -> list[str]:
+    """Flags of the C++ compiler."""
+    names = {"cpu": "cpu", "cuda": "cpu,cuda", "hip": "cpu,hip", "hostgpu": "hostgpu"}
+    flags = [
         "-std=c++20",
-        "-O1" if sanitize else "-O3",
-        "-g" if sanitize else "-g0",
+        "-O3",
+        "-g0",
         "-Wall",
         "-fvisibility=hidden",
-        # The contract's arithmetic, to the bit: no fused multiply-add, no other rounding.
-        "-ffp-contract=off",
+        EXACT,
         "-fno-math-errno",
         "-Wno-psabi",  # vectors of four doubles stay inside one file
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-DTORCH_STABLE_ONLY",
-        f'-DDIFFNL_BACKENDS="{backend}"',
+        *TORCH_ABI,
+        f'-DDIFFNL_BACKENDS="{names[backend]}"',
         f'-DDIFFNL_TORCH="{torch.__version__}"',
-        '-DDIFFNL_ARCHS=""',
+        f'-DDIFFNL_ARCHS="{",".join(archs)}"',
     ]
+    if backend in ("cuda", "hip"):
+        # torch's header declares the call for the current stream under USE_CUDA, ROCm's included.
+        flags += ["-DDIFFNL_GPU", "-DUSE_CUDA"]
+    if backend == "hostgpu":
+        wave = os.environ.get("DIFFNL_WAVE", "32")
+        if wave not in ("32", "64"):
+            sys.exit(f"DIFFNL_WAVE must be 32 or 64; got {wave!r}.")
+        # An installed HIP lies in the compiler's own folders, which come after these. Ninja runs elsewhere.
+        flags += [f"-I{Path('tests/hostgpu').resolve()}", f"-I{Path('csrc').resolve()}"]
+        flags += ["-DDIFFNL_GPU", "-DDIFFNL_HOSTGPU", f"-DDIFFNL_WAVE={wave}"]
+    return flags
+
+
+def device_flags(backend: str) -> list[str]:
+    """Flags of nvcc or hipcc; torch adds the architectures."""
+    if backend == "cuda":
+        host = ["-Wall", "-fvisibility=hidden", EXACT]
+        return [
+            "-std=c++20",
+            "-O3",
+            "-lineinfo",
+            "-fmad=false",
+            "--expt-relaxed-constexpr",
+            "--threads=0",  # architectures in parallel
+            *(f"--compiler-options={flag}" for flag in host),
+            *TORCH_ABI,
+            "-DDIFFNL_GPU",
+            "-DUSE_CUDA",
+        ]
+    if backend == "hip":
+        # torch has ninja follow no headers of a .hip. The fingerprint changes the command when one changes.
+        headers = b"".join(header.read_bytes() for header in sorted(Path("csrc").glob("*.h")))
+        return [
+            "-std=c++20",
+            "-O3",
+            "-Wall",
+            "-fvisibility=hidden",
+            EXACT,
+            "-DDIFFNL_GPU",
+            f"-DDIFFNL_HEADERS={zlib.crc32(headers)}",
+        ]
+    return []
+
+
+def as_cpp(kernel: str) -> str:
+    """A C++ file that includes `kernel`: compilers take a .hip for something to link."""
+    wrapper = Path("build", "hostgpu", f"{kernel}.cpp")
+    text = f'#include "{kernel}"\n'
+    wrapper.parent.mkdir(parents=True, exist_ok=True)
+    if not wrapper.exists() or wrapper.read_text() != text:
+        # In one step: builds for both wave widths may run at a time.
+        new = wrapper.with_suffix(f".{os.getpid()}")
+        new.write_text(text)
+        new.replace(wrapper)
+    return str(wrapper)
+
+
+def extension(backend: str) -> CppExtension:
+    """The shared library diffnl/_C.abi3.so for `backend`."""
+    sources = [f"csrc/{name}" for name in SOURCES[backend]]
+    depends = [str(path) for path in sorted(Path("csrc").iterdir())]
+    compile_args = {"cxx": cxx_flags(backend, architectures(backend)), "nvcc": device_flags(backend)}
     link_args = []
-    if sanitize:
-        flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-        compile_args += [*flags, "-DDIFFNL_SANITIZE"]
+    if os.environ.get("DIFFNL_SANITIZE", "0") == "1":
+        flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        compile_args["cxx"] += [*flags, "-fno-omit-frame-pointer", "-O1", "-g", "-DDIFFNL_SANITIZE"]
         link_args += flags
-    elif platform.system() == "Linux":
+    elif platform.system() == "Linux" and backend != "hostgpu":
         link_args += ["-s"]
-    return CppExtension(
+    kind, toolkit = CppExtension, {}
+    if backend == "cuda":
+        kind = CUDAExtension
+    if backend == "hip":
+        # CUDAExtension would run hipify and leave its output in csrc/. These sources are HIP as they are.
+        toolkit = {
+            "include_dirs": include_paths("cuda"),
+            "library_dirs": library_paths("cuda"),
+            "libraries": ["amdhip64", "torch_hip"],
+        }
+    if backend == "hostgpu":
+        sources = [as_cpp(Path(name).name) if name.endswith(".hip") else name for name in sources]
+        sources.append("tests/hostgpu/hip/hip_runtime.cpp")  # reads its library's symbols: not stripped
+    return kind(
         "diffnl._C",
-        [f"csrc/{name}" for name in SOURCES[backend]],
-        depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
-        extra_compile_args={"cxx": compile_args},
+        sources,
+        depends=depends,
+        extra_compile_args=compile_args,
         extra_link_args=link_args,
         py_limited_api=True,
+        **toolkit,
     )
 
 
-check_compiler()
-setup(
-    ext_modules=[extension(choose_backend())],
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    check_compiler()
+    setup(
+        ext_modules=[extension(choose_backend())],
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

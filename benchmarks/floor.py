@@ -29,8 +29,8 @@ def bare_train_step(vectors: torch.Tensor):
     return train
 
 
-def leaf(num_pairs: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.rand(num_pairs, 3, dtype=dtype, requires_grad=True)
+def leaf(num_pairs: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    return torch.rand(num_pairs, 3, dtype=dtype, device=device, requires_grad=True)
 
 
 def milliseconds(num_pairs: int, dtype: torch.dtype) -> float:

@@ -7,9 +7,12 @@ import gc
 import importlib.metadata
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,10 +26,12 @@ RESOLUTION_MB = 1  # the kernel counts resident pages per core and in batches; s
 
 @dataclass(frozen=True)
 class System:
-    """One workload: a periodic box, or a batch of them.
+    """One workload: a periodic box, or a batch of boxes of the same size.
 
     `positions` (N, 3) in Å; `cell` (3, 3), or (B, 3, 3) for a batch, rows are lattice vectors in Å; `pbc`
     (3,) or (B, 3) bool; `system_idx` (N,) int64 for a batch, None for one box.
+
+    Libraries that want the batch described otherwise find that here, made once and not in the timed call.
     """
 
     label: str
@@ -43,26 +48,43 @@ class System:
     def systems(self) -> int:
         return 1 if self.system_idx is None else self.cell.shape[0]
 
+    @cached_property
+    def batch_idx(self) -> torch.Tensor:
+        """(N,) int32, the system of each atom."""
+        return self.system_idx.int()
+
+    @cached_property
+    def batch_ptr(self) -> torch.Tensor:
+        """(B + 1,) int32, the first atom of each system, and N."""
+        each = self.atoms // self.systems
+        return torch.arange(self.systems + 1, dtype=torch.int32, device=self.positions.device) * each
+
     def leaves(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Fresh `positions` and `cell` that require gradients."""
         return self.positions.clone().requires_grad_(), self.cell.clone().requires_grad_()
 
 
+def is_gpu(device: str | torch.device) -> bool:
+    return torch.device(device).type != "cpu"
+
+
 def jittered_lattice(side: int, generator: torch.Generator, triclinic: bool = False):
     """`side`³ shuffled atoms near a cubic lattice: positions (N, 3) and cell (3, 3) in Å, float64.
 
-    Atoms of the first layers fall slightly outside the cell, as they do in molecular dynamics.
+    Atoms of the first layers fall slightly outside the cell, as they do in molecular dynamics. They are made
+    where the generator lives: on a GPU 10⁷ atoms take no time.
     """
+    like = {"dtype": torch.float64, "device": generator.device}
     spacing = DENSITY ** (-1 / 3)
-    axis = torch.arange(side, dtype=torch.float64)
+    axis = torch.arange(side, **like)
     lattice = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    noise = torch.rand(lattice.shape, dtype=torch.float64, generator=generator) - 0.5
+    noise = torch.rand(lattice.shape, generator=generator, **like) - 0.5
     positions = (lattice + JITTER * noise) * spacing
-    cell = torch.eye(3, dtype=torch.float64) * side * spacing
+    cell = torch.eye(3, **like) * side * spacing
     if triclinic:
-        shear = torch.tensor([[1, 0, 0], [0.2, 1, 0], [0.1, 0.3, 1]], dtype=torch.float64)
+        shear = torch.tensor([[1, 0, 0], [0.2, 1, 0], [0.1, 0.3, 1]], **like)
         positions, cell = positions @ shear, cell @ shear
-    return positions[torch.randperm(len(positions), generator=generator)], cell
+    return positions[torch.randperm(len(positions), generator=generator, device=generator.device)], cell
 
 
 def cube_side(atoms: int) -> int:
@@ -77,9 +99,9 @@ def cube_side(atoms: int) -> int:
 def make_system(size: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> System:
     """The system that `size` names: "1000" is one cubic box, "512x27" are 512 triclinic boxes of 27 atoms.
 
-    The same size and seed give the same atoms in every process.
+    The same size and seed give the same atoms in every process on the same kind of device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     count, _, atoms = size.rpartition("x")
     side = cube_side(int(atoms))
     if not count:
@@ -98,7 +120,7 @@ def make_system(size: str, dtype: torch.dtype, device: str = "cpu", seed: int = 
 
 def seconds(call: Callable[[], object], device: str) -> float:
     """Time of one call: events on a GPU, the wall clock on the CPU."""
-    if torch.device(device).type == "cpu":
+    if not is_gpu(device):
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
@@ -118,10 +140,13 @@ def time_in_turns(
 
     `prepare[name]()` builds whatever the timed call needs. It runs anew in each turn and its state is dropped
     after it, so that only one entry holds memory at a time. The order rotates between rounds. Each entry gets
-    about `budget` seconds in all and at least one call a turn, after a warm-up.
+    about `budget` seconds in all and at least one call a turn (two on a GPU), after a warm-up.
 
     Returns the times in seconds by name, and the message of the error by name for entries that raised one.
+    Raises DeviceLost if an entry took the GPU with it.
     """
+    gpu = is_gpu(device)
+    fewest, most = (2, 50) if gpu else (1, 200)
     times: dict[str, list[float]] = {name: [] for name in prepare}
     errors: dict[str, str] = {}
     names = list(prepare)
@@ -131,22 +156,25 @@ def time_in_turns(
         for name in names[shift:] + names[:shift]:
             if name in errors:
                 continue
-            gc.disable()
+            if not gpu:  # there a graph that hangs in a cycle would be memory that is missing
+                gc.disable()
             try:
                 call = prepare[name]()
                 first = seconds(call, device)
                 # After the first turn a long call needs no warm-up; a short one needs its caches warm again.
-                if turn and first > budget / (2 * rounds):
+                # On a GPU a long call needs it too: torch's allocator has handed its blocks to the others.
+                if turn and first > budget / (2 * rounds) and not gpu:
                     times[name].append(first)
                     continue
                 seconds(call, device)
                 stop = time.perf_counter() + budget / rounds
-                for _ in range(200):
+                for k in range(1, most + 1):
                     times[name].append(seconds(call, device))
-                    if time.perf_counter() > stop:
+                    if k >= fewest and time.perf_counter() > stop:
                         break
             except Exception as error:  # a peer may fail in any way; the others go on
-                errors[name] = describe(error)
+                call = None
+                errors[name] = survive(name, error, device)
             finally:
                 call = None
                 gc.enable()
@@ -158,6 +186,26 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
+class DeviceLost(RuntimeError):
+    """After a bad memory access no call of this process reaches the GPU any more."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(f"{name} broke the GPU's context: {message}")
+        self.name = name
+
+
+def survive(name: str, error: Exception, device: str) -> str:
+    """The error of the library `name` on one line. Raises DeviceLost if nothing can run after it."""
+    message = describe(error)
+    if is_gpu(device):
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # an out-of-memory error must not be the next one's too
+        except Exception as gone:
+            raise DeviceLost(name, message) from gone
+    return message
+
+
 def peak_growth_mb(call: Callable[[], object], device: str) -> float | None:
     """By how many MB one call raised the peak memory, its results included.
 
@@ -166,13 +214,8 @@ def peak_growth_mb(call: Callable[[], object], device: str) -> float | None:
     around it.
     """
     gc.collect()
-    if torch.device(device).type != "cpu":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / MEGABYTE
+    if is_gpu(device):
+        return gpu_peak_mb(call, device)["growth"]
     try:
         # Pages that the allocator kept from earlier work would hide the same amount of new growth.
         ctypes.CDLL(None).malloc_trim(0)
@@ -182,6 +225,30 @@ def peak_growth_mb(call: Callable[[], object], device: str) -> float | None:
         return (_status_kb("VmHWM") - before) / 1024
     except (OSError, AttributeError, KeyError):
         return None
+
+
+def gpu_peak_mb(call: Callable[[], object], device: str) -> dict[str, float]:
+    """Peak memory of one call on a GPU, in MB.
+
+    `peak`: all that torch's allocator had given out at the worst moment (`max_memory_allocated`), the inputs
+    included; `growth`: the same without what was there before; `outside`: by how much the call raised what
+    the device holds for others than torch's allocator, which sees nothing of it.
+    """
+
+    def outside() -> int:
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free - torch.cuda.memory_reserved(device)
+
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before, outside_before = torch.cuda.memory_allocated(device), outside()
+    kept = call()
+    torch.cuda.synchronize(device)
+    peak, outside_after = torch.cuda.max_memory_allocated(device), outside()
+    del kept
+    found = {"peak": peak, "growth": peak - before, "outside": max(outside_after - outside_before, 0)}
+    return {key: value / MEGABYTE for key, value in found.items()}
 
 
 def _status_kb(field: str) -> int:
@@ -206,20 +273,41 @@ def machine(device: str, threads: int) -> dict:
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return {
+    found = {
         "cpu": cpu,
         "logical_cores": os.cpu_count(),
-        "device": cpu if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),
+        "device": cpu,
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    if is_gpu(device):
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "device_memory_gb": round(properties.total_memory / 1e9, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "driver": driver_version(),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        }
+    return found
+
+
+def driver_version() -> str | None:
+    """NVIDIA's driver, None where nvidia-smi does not say."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return answer.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def version_of(distribution: str) -> str:
     """The installed version of a distribution, or "unknown"."""
     try:
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    except importlib.metadata.PackageNotFoundError:  # diffnl runs from a checkout too
+        return getattr(sys.modules.get(distribution), "__version__", "unknown")

@@ -1,7 +1,7 @@
 """Times and peak memory of diffnl beside other neighbour lists, all on the same systems in one run.
 
     python benchmarks/neighbors.py --threads 2 --json neighbors.json --plot neighbors.png
-    python benchmarks/neighbors.py --device cuda
+    python benchmarks/neighbors.py --device cuda --json neighbors.json
 
 The workload: jittered, shuffled, periodic lattices with 0.1 atoms/Å³ and a 6 Å cutoff (about 90 neighbours
 an atom), as cubic boxes (`--sizes`) and batches of triclinic boxes (`--batches`). Four steps, each for the
@@ -12,10 +12,16 @@ full list:
     backward  gradients to positions and cell of a weighted sum of the vectors
     train     vectors, the energy sum of 1/sqrt(d² + 1), its gradients, and the gradients of a loss on those
 
-Before a row is timed all libraries must find the same number of pairs. Times are medians after a warm-up; the
-libraries take turns. Peak memory is what a step adds to what was there before, results included, on the CPU
-measured in a fresh process for each library and system. That of the train step holds the intermediates of the
-energy too, which are the same for all.
+Before a row is timed all libraries must find the same number of pairs. Times are medians after a warm-up, by
+events on a GPU; the libraries take turns. Peak memory is what a step adds to what was there before, results
+included, on the CPU measured in a fresh process for each library and system. That of the train step holds the
+intermediates of the energy too, which are the same for all. On a GPU `train peak` is the same with the
+inputs, by torch's allocator; what a library takes from the device around that allocator is noted, not
+compared.
+
+On a GPU the run also measures the speed of a copy and sets times against it, checks that results repeat to
+the bit, and (float32) times a box of 10⁷ atoms (`bandwidth.py`). With `--json` the file is written after
+every row, and `--resume` goes on from it.
 """
 
 from __future__ import annotations
@@ -23,18 +29,34 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
+import time
 from pathlib import Path
 
+import bandwidth
 import torch
-from harness import CUTOFF, DENSITY, RESOLUTION_MB, System, describe, machine, make_system, time_in_turns
-from peers import GATHERS, LIBRARIES, STEPS, load, peak_memory
+from harness import (
+    CUTOFF,
+    DENSITY,
+    DeviceLost,
+    System,
+    is_gpu,
+    machine,
+    make_system,
+    survive,
+    time_in_turns,
+)
+from peers import GATHERS, LIBRARIES, STEPS, gpu_memory, load, peak_memory
+from tables import COLUMNS, MEMORY_STEPS, compare, plot, print_rows, print_summary, title_of_record
 
 SIZES = {"cpu": "64,1000,10648,97336", "cuda": "1000,10648,97336,1000000"}
-BATCHES = {"cpu": "", "cuda": "64x64,512x64,512x27,32x1000"}
-MEMORY_STEPS = ["vectors", "backward", "train"]
-COLUMNS = [f"{step}_ms" for step in STEPS] + [f"{step}_mb" for step in MEMORY_STEPS]
+BATCHES = {"cpu": "", "cuda": "512x27,512x64,32x1000"}
+BUDGETS = {"cpu": 1.0, "cuda": 0.5}
+REPEATS_SIZE = "1000000"
+SLOW_S = 5.0  # a first call above it is told: some libraries compile their kernels in it
+LOST = 3  # exit status where a library took the GPU with it; --resume without that library goes on
 
 
 def rounding_tolerance(system: System, pairs: int) -> int:
@@ -69,19 +91,31 @@ def judge_counts(counts: dict[str, int], system: System) -> tuple[int, dict[str,
     return expected, refused
 
 
+def count_pairs(runs: dict, views: dict[str, System], device: str) -> tuple[dict[str, int], dict]:
+    """The number of pairs each library finds, by name, and the reason by name of those without one."""
+    counts, notes = {}, {}
+    for name, run in runs.items():
+        system = views[name]
+        notes[name] = LIBRARIES[name].refusal(system)
+        if notes[name] is not None:
+            continue
+        start = time.perf_counter()
+        try:
+            counts[name] = int(run(system.positions, system.cell, system, False)[0].shape[1])
+        except Exception as error:  # a peer may fail in any way; the others go on
+            notes[name] = f"failed: {survive(name, error, device)}"
+        if time.perf_counter() - start > SLOW_S:
+            print(f"  {name}: {time.perf_counter() - start:.0f} s for the first call", flush=True)
+    return counts, notes
+
+
 def measure(size: str, runs: dict, options: argparse.Namespace) -> list[dict]:
     """One row a library for the system `size`: counts checked first, then times, then peak memory."""
     dtype = getattr(torch, options.dtype)
     system = make_system(size, dtype, options.device, options.seed)
-    print(f"\n{system.label}: {system.atoms:,} atoms, {options.dtype}")
-    counts, notes = {}, {}
-    for name, run in runs.items():
-        notes[name] = LIBRARIES[name].refusal(system)
-        if notes[name] is None:
-            try:
-                counts[name] = int(run(system.positions, system.cell, system, False)[0].shape[1])
-            except Exception as error:  # a peer may fail in any way; the others go on
-                notes[name] = f"failed: {describe(error)}"
+    views = {name: LIBRARIES[name].view(system) for name in runs}
+    print(f"\n{system.label}: {system.atoms:,} atoms, {options.dtype}", flush=True)
+    counts, notes = count_pairs(runs, views, options.device)
     if counts:
         expected, refused = judge_counts(counts, system)
         notes |= refused
@@ -98,7 +132,10 @@ def measure(size: str, runs: dict, options: argparse.Namespace) -> list[dict]:
     }
     accepted = [name for name in counts if notes[name] is None]
     for step, prepare in STEPS.items():
-        calls = {name: lambda run=runs[name], prepare=prepare: prepare(run, system) for name in accepted}
+        calls = {
+            name: lambda run=runs[name], view=views[name], prepare=prepare: prepare(run, view)
+            for name in accepted
+        }
         times, errors = time_in_turns(calls, options.device, options.budget)
         for name, samples in times.items():
             rows[name][f"{step}_ms"] = statistics.median(samples) * 1e3
@@ -107,165 +144,71 @@ def measure(size: str, runs: dict, options: argparse.Namespace) -> list[dict]:
             notes[name] = "; ".join(filter(None, [notes[name], f"{step} failed: {message}"]))
     for name in accepted if options.memory else []:
         try:
-            peaks = peak_memory(
-                name,
-                MEMORY_STEPS,
-                size,
-                dtype=dtype,
-                device=options.device,
-                gather=options.gather,
-                seed=options.seed,
-                threads=options.threads,
-            )
-            rows[name] |= {f"{step}_mb": peak for step, peak in peaks.items()}
+            rows[name] |= memory_columns(name, views[name], size, options)
         except Exception as error:  # the same for its memory
-            notes[name] = "; ".join(filter(None, [notes[name], f"memory failed: {describe(error)}"]))
+            message = survive(name, error, options.device)
+            notes[name] = "; ".join(filter(None, [notes[name], f"memory failed: {message}"]))
+    if is_gpu(options.device):
+        torch.cuda.empty_cache()
     return [row | {"note": notes[name]} for name, row in rows.items()]
 
 
-def compare(rows: list[dict]) -> dict | None:
-    """The best peer over diffnl in each column of one system's rows; None without diffnl's row.
+def memory_columns(name: str, view: System, size: str, options: argparse.Namespace) -> dict:
+    """Peak memory of a library on a system, as columns of its row."""
+    if is_gpu(options.device):
+        return gpu_memory(name, MEMORY_STEPS, view, options.gather)
+    peaks = peak_memory(
+        name,
+        MEMORY_STEPS,
+        size,
+        dtype=view.positions.dtype,
+        device=options.device,
+        gather=options.gather,
+        seed=options.seed,
+        threads=options.threads,
+    )
+    return {f"{step}_mb": peak for step, peak in peaks.items()}
 
-    For each column `{"ratio", "peer", "at_least"}`, or None where there is nothing to compare. A memory of
-    diffnl below the resolution counts as the resolution: the ratio is then at least that.
-    """
-    own = next((row for row in rows if row["library"] == "diffnl" and row["pairs"] is not None), None)
-    if own is None:
-        return None
-    ratios: dict = {"system": own["system"]}
-    for column in COLUMNS:
-        peers = [row for row in rows if row is not own and row[column] is not None]
-        best = min(peers, key=lambda row: row[column], default=None)
-        ratios[column] = None
-        if best is None or own[column] is None:
+
+def gpu_extras(run, options: argparse.Namespace, record: dict) -> None:
+    """Adds to `record` what is measured of diffnl alone: the speed of a copy, repeatability, 10⁷ atoms."""
+
+    def repeats() -> dict:
+        dtype = getattr(torch, options.dtype)
+        return bandwidth.repeats_itself(run, make_system(REPEATS_SIZE, dtype, options.device, options.seed))
+
+    extras = {"bandwidth": lambda: bandwidth.copy_bandwidth(options.device)}
+    if run is not None:
+        extras["repeats"] = repeats
+        if options.large:
+            extras["large"] = lambda: bandwidth.time_a_pair(run, options.device, options.seed)
+    for key, measure_it in extras.items():
+        if record[key] is not None:
             continue
-        mine, floor = own[column], RESOLUTION_MB if column.endswith("_mb") else 0.0
-        if best[column] > floor:
-            ratios[column] = {
-                "ratio": best[column] / max(mine, floor),
-                "peer": best["library"],
-                "at_least": mine < floor,
-            }
-    return ratios
-
-
-def show(value: float | None, column: str) -> str:
-    """A time in ms or a memory in MB with three significant digits."""
-    if value is None:
-        return "-"
-    if column.endswith("_mb") and value < RESOLUTION_MB:
-        return f"<{RESOLUTION_MB}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def title_of(column: str) -> str:
-    """ "train_mb" as "train MB"."""
-    return column.replace("_ms", " ms").replace("_mb", " MB")
-
-
-def print_table(titles: list[str], lines: list[list[str]]) -> None:
-    """First column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
-    for line in [titles, *lines]:
-        cells = [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join([f"  {line[0]:<{widths[0]}}", *cells]))
-
-
-def print_rows(rows: list[dict]) -> None:
-    titles = ["library", *map(title_of, COLUMNS)]
-    lines = [[row["library"], *(show(row[column], column) for column in COLUMNS)] for row in rows]
-    print_table(titles, lines)
-    for row in rows:
-        if row["note"]:
-            print(f"  {row['library']}: {row['note']}")
+        try:
+            record[key] = measure_it()
+        except Exception as error:  # a card too small for 10⁷ atoms still runs the rows
+            print(f"{key} failed: {survive('diffnl', error, options.device)}")
+        torch.cuda.empty_cache()
+    if record["repeats"]:
+        search, backward = (record["repeats"][key] for key in ("search", "backward"))
+        print(f"the same bits twice at {REPEATS_SIZE} atoms: search {search}, backward {backward}")
+    if record["large"]:
+        bandwidth.print_large(record["large"])
     sys.stdout.flush()
 
 
-def print_summary(comparisons: list[dict]) -> None:
-    """The ratio of the best peer to diffnl, system by system."""
-    print("\nBest peer / diffnl: above 1, diffnl is that many times faster or smaller")
-    lines = []
-    for ratios in comparisons:
-        line = [ratios["system"]]
-        for column in COLUMNS:
-            cell = ratios[column]
-            sign = ">" if cell and cell["at_least"] else ""
-            line.append(f"{sign}{cell['ratio']:.1f}x {cell['peer']}" if cell else "-")
-        lines.append(line)
-    print_table(["system", *map(title_of, COLUMNS)], lines)
-
-
-def spread(heights: list[float], gap: float, top: float) -> list[float]:
-    """Moves sorted label heights apart until neighbours are `gap` from each other and none is above `top`."""
-    placed = list(heights)
-    for k in range(1, len(placed)):
-        placed[k] = max(placed[k], placed[k - 1] + gap)
-    ceiling = top
-    for k in reversed(range(len(placed))):
-        placed[k] = min(placed[k], ceiling)
-        ceiling = placed[k] - gap
-    return placed
-
-
-def leader(color) -> dict:
-    """The thin line from the end of a curve to the left edge of its label."""
-    return {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)}
-
-
-def plot(rows: list[dict], title: str, path: Path) -> None:
-    """Log-log PNG over the atoms of the single boxes: a panel a column, a labelled line a library."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    boxes = [row for row in rows if row["system"].startswith("bulk")]
-    columns = [column for column in COLUMNS if any(row[column] is not None for row in boxes)]
-    across = math.ceil(len(columns) / 2)
-    down = math.ceil(len(columns) / across)
-    figure, panels = plt.subplots(down, across, figsize=(4.8 * across, 4.2 * down), squeeze=False)
-    colors = dict(zip(LIBRARIES, ["black", *plt.get_cmap("tab10").colors], strict=False))
-    for panel, column in zip(panels.flat, columns, strict=False):
-        ends = []
-        for name, color in colors.items():
-            lines = [row for row in boxes if row["library"] == name and row[column] is not None]
-            points = sorted((row["atoms"], row[column]) for row in lines)
-            if column.endswith("_mb"):
-                points = [point for point in points if point[1] >= RESOLUTION_MB]
-            if points:
-                width = 2.6 if name == "diffnl" else 1.4
-                order = 3 if name == "diffnl" else 2
-                style = {"linewidth": width, "markersize": 4, "zorder": order}
-                panel.loglog(*zip(*points, strict=True), "o-", color=color, **style)
-                ends.append((math.log10(points[-1][1]), points[-1], name))
-        step, unit = column.split("_")
-        panel.set(title=step if unit == "ms" else f"{step}: peak memory", xlabel="atoms")
-        panel.set_ylabel("time (ms)" if unit == "ms" else "peak memory growth (MB)")
-        panel.grid(True, which="major", alpha=0.3)
-        low, high = panel.get_xlim()
-        panel.set_xlim(low, high * (high / low) ** 0.35)  # room for the labels inside the frame
-        ends.sort()
-        bottom, top = (math.log10(limit) for limit in panel.get_ylim())
-        gap = 0.055 * (top - bottom)
-        heights = spread([end[0] for end in ends], gap, top - gap)
-        for height, (_, (atoms, value), name) in zip(heights, ends, strict=True):
-            weight = "bold" if name == "diffnl" else "normal"
-            panel.annotate(
-                name,
-                (atoms, value),
-                (high * (high / low) ** 0.04, 10**height),
-                color=colors[name],
-                fontsize=9,
-                fontweight=weight,
-                verticalalignment="center",
-                arrowprops=leader(colors[name]),
-            )
-    for panel in panels.flat[len(columns) :]:
-        panel.set_axis_off()
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def floors_of(measured: list[dict], options: argparse.Namespace, record: dict) -> list[dict]:
+    """Floors of one system's row of diffnl, where the speed of a copy is known."""
+    own = [row for row in measured if row["library"] == "diffnl" and row["vectors_ms"] is not None]
+    if not own or record["bandwidth"] is None:
+        return []
+    try:
+        dtype = getattr(torch, options.dtype)
+        return [bandwidth.floors(own[0], dtype, record["bandwidth"], options.device)]
+    except Exception as error:  # the floor of the train step takes memory
+        print(f"floor failed: {survive('torch', error, options.device)}")
+        return []
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -280,11 +223,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--sizes", help=f"atoms a box, cubes (default: {SIZES['cpu']}; cuda: {SIZES['cuda']})")
     add("--batches", help=f"boxes x atoms, like 512x27 (default: none; cuda: {BATCHES['cuda']})")
     add("--peers", help=f"which of {','.join(peers)} (default: all that know the device)")
+    add("--without", default="", help="peers to leave out")
     add("--gather", choices=list(GATHERS), default="indexing", help="how plain torch vectors gather")
-    add("--budget", type=float, default=1.0, help="seconds a step of a library and system (default: 1)")
+    add("--budget", type=float, help="seconds a step of a library and system (default: 1; cuda: 0.5)")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    add("--extras", action=argparse.BooleanOptionalAction, default=True, help="floors, repeats (cuda)")
+    add("--large", action=argparse.BooleanOptionalAction, default=True, help="10⁷ atoms (cuda, float32)")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, help="write all numbers to this file")
+    add("--json", type=Path, help="write all numbers to this file, after every row")
+    add("--resume", action="store_true", help="keep the rows that are in the --json file already")
     add("--plot", type=Path, help="write a PNG of time over atoms to this file")
     options = parser.parse_args(arguments)
     kind = torch.device(options.device).type
@@ -293,57 +240,115 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     sizes = SIZES[kind] if options.sizes is None else options.sizes
     batches = BATCHES[kind] if options.batches is None else options.batches
     options.systems = [size.strip() for size in f"{sizes},{batches}".split(",") if size.strip()]
+    options.budget = BUDGETS[kind] if options.budget is None else options.budget
+    options.extras = options.extras and kind == "cuda"
+    options.large = options.large and options.dtype == "float32"
     if options.peers is None:
         options.peers = [name for name in peers if kind in LIBRARIES[name].devices]
     else:
         options.peers = [name for name in options.peers.split(",") if name]
-    unknown = [name for name in options.peers if name not in peers]
+    without = [name for name in options.without.split(",") if name]
+    unknown = [name for name in [*options.peers, *without] if name not in peers]
     if unknown:
         parser.error(f"--peers must be some of {','.join(peers)}, got {','.join(unknown)}")
+    options.peers = [name for name in options.peers if name not in without]
+    if options.resume and not options.json:
+        parser.error("--resume needs --json")
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    runs, versions, missing = load(["diffnl", *options.peers], options.gather)
-    where = machine(options.device, options.threads)
-    print(f"{where['device']}, {options.threads} threads, torch {where['torch']}, Python {where['python']}")
-    print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    for name, reason in missing.items():
-        print(f"missing: {name} ({reason})")
-    rows, comparisons = [], []
-    for size in options.systems:
-        measured = measure(size, runs, options)
-        print_rows(measured)
-        rows += measured
-        comparisons += filter(None, [compare(measured)])
-    if comparisons:
-        print_summary(comparisons)
-    if options.json:
-        settings = {
+def new_record(options: argparse.Namespace, versions: dict, missing: dict) -> dict:
+    """What the JSON file holds, before the first row."""
+    return {
+        "machine": machine(options.device, options.threads),
+        "versions": versions,
+        "missing": missing,
+        "settings": {
             "cutoff_angstrom": CUTOFF,
+            "density_per_cubic_angstrom": DENSITY,
             "dtype": options.dtype,
             "gather": options.gather,
             "budget_s": options.budget,
             "seed": options.seed,
-        }
-        record = {
-            "machine": where,
-            "versions": versions,
-            "missing": missing,
-            "settings": settings,
-            "rows": rows,
-            "best_peer_over_diffnl": comparisons,
-        }
-        options.json.write_text(json.dumps(record, indent=1))
+        },
+        "bandwidth": None,
+        "repeats": None,
+        "large": None,
+        "lost_to": [],
+        "rows": [],
+        "floors": [],
+        "best_peer_over_diffnl": [],
+    }
+
+
+def take_up(record: dict, path: Path) -> None:
+    """Adds the results in `path` to `record`. Raises ValueError if they come from another kind of run."""
+    saved = json.loads(path.read_text())
+    for key in ("settings", "machine"):
+        if saved[key] != record[key]:
+            raise ValueError(f"--resume: {path} has other {key}: {saved[key]}, not {record[key]}")
+    for key in ("bandwidth", "repeats", "large", "lost_to", "rows", "floors", "best_peer_over_diffnl"):
+        record[key] = saved[key]
+    # A library left out now may be the one that wrote some of the rows.
+    record["versions"] = saved["versions"] | record["versions"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if is_gpu(options.device) and not torch.cuda.is_available():
+        print(f"--device {options.device}: this torch finds no GPU", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    if is_gpu(options.device) and torch.device(options.device).index is not None:
+        torch.cuda.set_device(options.device)
+    runs, versions, missing = load(["diffnl", *options.peers], options.gather)
+    record = new_record(options, versions, missing)
+    if options.resume and options.json.exists():
+        take_up(record, options.json)
+    where = record["machine"]
+    print(f"{where['device']}, {options.threads} threads, torch {where['torch']}, Python {where['python']}")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    for name, reason in missing.items():
+        print(f"missing: {name} ({reason})")
+
+    def save() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(record, indent=1))
+
+    try:
+        if options.extras:
+            gpu_extras(runs.get("diffnl"), options, record)
+            save()
+        done = {row["system"].split("-", 1)[1] for row in record["rows"]}
+        for size in options.systems:
+            if size in done:
+                continue
+            measured = measure(size, runs, options)
+            print_rows(measured)
+            record["rows"] += measured
+            record["best_peer_over_diffnl"] += filter(None, [compare(measured)])
+            save()
+            record["floors"] += floors_of(measured, options, record)
+            save()
+    except DeviceLost as lost:
+        record["lost_to"].append(lost.name)
+        save()
+        print(lost)
+        return LOST
+    if record["floors"]:
+        bandwidth.print_floors(record["floors"], record["bandwidth"])
+    if record["best_peer_over_diffnl"]:
+        print_summary(record["best_peer_over_diffnl"])
     if options.plot:
-        settings = f"{options.threads} threads, {options.dtype}, {CUTOFF} Å, {DENSITY} atoms/Å³"
-        plot(rows, f"{where['device']}, torch {where['torch']}, {settings}", options.plot)
-    healthy = [row for row in rows if row["library"] == "diffnl" and not row["note"]]
-    return 0 if "diffnl" in missing or len(healthy) == len(options.systems) else 1
+        plot(record["rows"], title_of_record(record), options.plot)
+    healthy = {row["system"] for row in record["rows"] if row["library"] == "diffnl" and not row["note"]}
+    return 0 if "diffnl" in missing or len(healthy) >= len(options.systems) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    if status == LOST:
+        os._exit(status)  # with the GPU gone, destructors that free its memory would abort
+    sys.exit(status)

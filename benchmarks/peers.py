@@ -11,11 +11,11 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from harness import CUTOFF, System, describe, make_system, peak_growth_mb, version_of
+from harness import CUTOFF, System, describe, gpu_peak_mb, is_gpu, make_system, peak_growth_mb, version_of
 
 Run = Callable[[torch.Tensor, torch.Tensor, System, bool], tuple]
 GATHERS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -34,6 +34,13 @@ class Library:
     devices: tuple[str, ...] = ("cpu",)
     batches: bool = False
     max_atoms: int | None = None  # above it one call takes minutes
+    stacked: bool = False  # wants `cell` as (B, 3, 3) and `pbc` as (B, 3) for one box too
+
+    def view(self, system: System) -> System:
+        """The system in the shapes this library wants, so that the timed call need not make them."""
+        if not self.stacked:
+            return system
+        return replace(system, cell=system.cell.reshape(-1, 3, 3), pbc=system.pbc.reshape(-1, 3))
 
     def refusal(self, system: System) -> str | None:
         """Why this library does not run on a system, None if it does."""
@@ -51,6 +58,8 @@ def plain_vectors(gather, positions, cell, mapping, shifts, system_idx):
     """r_j - r_i + S @ h in torch ops: (P, 3)."""
     i, j = mapping[0].long(), mapping[1].long()
     shifts = shifts.to(positions.dtype)
+    if cell.dim() == 3 and len(cell) == 1:
+        cell = cell[0]
     if cell.dim() == 2:
         translations = shifts @ cell
     else:
@@ -75,7 +84,8 @@ def _vesin(gather) -> Run:
     neighbor_list = NeighborList(cutoff=CUTOFF, full_list=True, sorted=False)
 
     def run(positions, cell, system, with_vectors):
-        pairs, shifts = neighbor_list.compute(positions.detach(), cell.detach(), True, "PS", copy=False)
+        # Flags on the device of the positions: from a plain True it would copy some there at every call.
+        pairs, shifts = neighbor_list.compute(positions.detach(), cell.detach(), system.pbc, "PS", copy=False)
         mapping = pairs.view(torch.int64).t()  # unsigned indices, which torch does not index with
         vectors = plain_vectors(gather, positions, cell, mapping, shifts, None) if with_vectors else None
         return mapping, shifts, vectors
@@ -158,21 +168,37 @@ def _torch_nl(gather) -> Run:
     return run
 
 
+def _torchsim(gather) -> Run:
+    from torch_sim.neighbors.torch_nl import torch_nl_linked_cell
+
+    def run(positions, cell, system, with_vectors):
+        batch = system.system_idx
+        if batch is None:
+            batch = torch.zeros(len(positions), dtype=torch.int64, device=positions.device)
+        cutoff = torch.tensor(CUTOFF, device=positions.device, dtype=positions.dtype)
+        mapping, _, shifts = torch_nl_linked_cell(
+            positions.detach(), cell.detach(), system.pbc, cutoff, batch
+        )
+        vectors = plain_vectors(gather, positions, cell, mapping, shifts, batch) if with_vectors else None
+        return mapping, shifts, vectors
+
+    return run
+
+
 def _nvalchemi(method: str | None) -> Callable[[Callable], Run]:
     def make(gather) -> Run:
         from nvalchemiops.torch.neighbors import neighbor_list
 
         def run(positions, cell, system, with_vectors):
-            options = {"method": method, "return_neighbor_list": True, "return_vectors": with_vectors}
+            options = {"method": method, "return_neighbor_list": True}
+            if with_vectors:
+                options["return_vectors"] = True
             if system.systems > 1:
-                ends = torch.bincount(system.system_idx, minlength=system.systems).cumsum(0)
-                options["batch_ptr"] = torch.nn.functional.pad(ends, (1, 0)).int()
-                options["batch_idx"] = system.system_idx.int()
+                options["batch_ptr"] = system.batch_ptr
+                options["batch_idx"] = system.batch_idx
             if method != "cluster_tile":
                 options["max_neighbors"] = MAX_NEIGHBORS
-            result = neighbor_list(
-                positions, CUTOFF, cell=cell.reshape(-1, 3, 3), pbc=system.pbc.reshape(-1, 3), **options
-            )
+            result = neighbor_list(positions, CUTOFF, cell=cell, pbc=system.pbc, **options)
             return result[0], result[2], (result[3] if with_vectors else None)
 
         return run
@@ -188,9 +214,16 @@ LIBRARIES: dict[str, Library] = {
     "pymatgen": Library(_pymatgen, "pymatgen-core"),
     "ase": Library(_ase, "ase", max_atoms=11_000),
     "torch_nl": Library(_torch_nl, "torch-nl", ("cpu", "cuda"), batches=True, max_atoms=11_000),
-    "nvalchemi": Library(_nvalchemi(None), "nvalchemi-toolkit-ops", ("cuda",), batches=True),
-    "nvalchemi-cell": Library(_nvalchemi("cell_list"), "nvalchemi-toolkit-ops", ("cuda",), batches=True),
-    "nvalchemi-tile": Library(_nvalchemi("cluster_tile"), "nvalchemi-toolkit-ops", ("cuda",), batches=True),
+    "torchsim": Library(
+        _torchsim, "torch-sim-atomistic", ("cuda",), batches=True, max_atoms=40_000, stacked=True
+    ),
+    "nvalchemi": Library(_nvalchemi(None), "nvalchemi-toolkit-ops", ("cuda",), batches=True, stacked=True),
+    "nvalchemi-cell": Library(
+        _nvalchemi("cell_list"), "nvalchemi-toolkit-ops", ("cuda",), batches=True, stacked=True
+    ),
+    "nvalchemi-tile": Library(
+        _nvalchemi("cluster_tile"), "nvalchemi-toolkit-ops", ("cuda",), batches=True, stacked=True
+    ),
 }
 
 
@@ -263,8 +296,9 @@ def peak_memory(
 ) -> dict[str, float | None]:
     """By how many MB each step raises the peak memory; on the CPU measured in a fresh process."""
     arguments = (name, steps, size, dtype, device, gather, seed, threads)
-    if torch.device(device).type != "cpu":
-        return _peak_memory_here(*arguments)
+    if is_gpu(device):
+        peaks = gpu_memory(name, steps, LIBRARIES[name].view(make_system(size, dtype, device, seed)), gather)
+        return {step: peaks[f"{step}_mb"] for step in steps}
     # With a fixed threshold glibc returns freed blocks at once, so that the peak is what was in use and not
     # what the allocator kept for later. Left alone it raises the threshold as it goes, differently for
     # every library.
@@ -290,3 +324,18 @@ def _peak_memory_here(name, steps, size, dtype, device, gather, seed, threads):
         peaks[step] = peak_growth_mb(call, device)
         call = None
     return peaks
+
+
+def gpu_memory(name: str, steps: list[str], system: System, gather: str) -> dict[str, float]:
+    """Peak memory of each step on a GPU, in MB: `gpu_peak_mb` as columns of a row.
+
+    The library is made anew for each step, so that buffers it keeps from call to call count too.
+    """
+    columns = {}
+    for step in steps:
+        run = LIBRARIES[name].make(GATHERS[gather])
+        peaks = gpu_peak_mb(STEPS[step](run, system), system.positions.device)
+        columns |= {f"{step}_mb": peaks["growth"], f"{step}_peak_mb": peaks["peak"]}
+        columns[f"{step}_outside_mb"] = peaks["outside"]
+        run = None  # its buffers go before the next step's come
+    return columns

@@ -28,8 +28,8 @@ from harness import (
     make_system,
     time_in_turns,
 )
-from neighbors import leader, print_table, spread
 from peers import LIBRARIES, STEPS, load, peak_memory
+from tables import leader, print_table, spread
 
 SIZES = "1000,4096,10648,32768,97336,314432,1000000"
 TIMED = ["vectors", "backward"]
@@ -47,7 +47,7 @@ def fits(size: str) -> bool:
 def measure(size: str, run, options: argparse.Namespace) -> list[dict]:
     """One row a step and thread count for the box of `size` atoms."""
     dtype = getattr(torch, options.dtype)
-    system = make_system(size, dtype, options.device, options.seed)
+    system = LIBRARIES[options.library].view(make_system(size, dtype, options.device, options.seed))
     pairs = int(run(system.positions, system.cell, system, False)[0].shape[1])
     peaks = dict.fromkeys(TIMED)
     if options.memory:

@@ -26,7 +26,7 @@ CellList<T>::CellList(const SearchInput<T>& in) : systems_(static_cast<size_t>(i
   }
   for (int64_t b = 0; b < in.num_systems; ++b) {
     if (!all_finite(in.cell + 9 * b, 9)) data_error("cell_not_finite", b);
-    if (!make_search_cell(in.cell + 9 * b, in.pbc + 3 * b, systems_[static_cast<size_t>(b)].cell))
+    if (!make_search_cell(in.cell + 9 * b, in.pbc + in.pbc_stride * b, systems_[static_cast<size_t>(b)].cell))
       data_error("cell_singular", b);
   }
   group_by_system(in);
@@ -64,35 +64,15 @@ void CellList<T>::group_by_system(const SearchInput<T>& in) {
   }
 }
 
-// r = (q + W) @ h with q in [0, 1) on periodic axes. Wrapped twice: far from the cell the first W is off by
-// the rounding of q, and the remainder shows by how much.
 template <typename T>
 void CellList<T>::wrap(const SearchInput<T>& in) {
   q_.resize(static_cast<size_t>(in.num_atoms));
   w_.resize(static_cast<size_t>(in.num_atoms));
   parallel_blocks(in.num_atoms, kAtomBlock, [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g) {
-      const SearchCell& cell = system(system_at(g)).cell;
       const T* p = in.positions + 3 * atom_at(g);
       const Vec3<double> r{static_cast<double>(p[0]), static_cast<double>(p[1]), static_cast<double>(p[2])};
-      double w[3] = {0.0, 0.0, 0.0};
-      Vec3<double> q = fractional(cell, r);
-      for (int pass = 0; pass < 2; ++pass) {
-        const double coordinate[3] = {q.x, q.y, q.z};
-        bool moved = false;
-        for (int k = 0; k < 3; ++k) {
-          if (!cell.periodic[k]) continue;
-          const double whole = std::floor(coordinate[k]);
-          w[k] += whole;
-          moved |= whole != 0.0;
-        }
-        if (!moved) break;
-        q = fractional(cell, {r.x - cell_translation(w[0], w[1], w[2], cell.h, 0),
-                              r.y - cell_translation(w[0], w[1], w[2], cell.h, 1),
-                              r.z - cell_translation(w[0], w[1], w[2], cell.h, 2)});
-      }
-      q_[static_cast<size_t>(g)] = q;
-      w_[static_cast<size_t>(g)] = {w[0], w[1], w[2]};
+      diffnl::wrap(system(system_at(g)).cell, r, q_[static_cast<size_t>(g)], w_[static_cast<size_t>(g)]);
     }
   });
 }
@@ -104,47 +84,27 @@ void CellList<T>::choose_grids(const SearchInput<T>& in) {
     System& s = systems_[b];
     if (s.num_atoms == 0) continue;
     constexpr double inf = std::numeric_limits<double>::infinity();
-    double q_low[3] = {inf, inf, inf}, q_high[3] = {-inf, -inf, -inf};
-    double w_low[3] = {inf, inf, inf}, w_high[3] = {-inf, -inf, -inf};
-    T largest = 0;
+    AtomRange range{{inf, inf, inf}, {-inf, -inf, -inf}, {inf, inf, inf}, {-inf, -inf, -inf}, 0.0};
     for (int64_t g = s.first_atom; g < s.first_atom + s.num_atoms; ++g) {
       const Vec3<double>&q = q_[static_cast<size_t>(g)], &w = w_[static_cast<size_t>(g)];
       const double qk[3] = {q.x, q.y, q.z}, wk[3] = {w.x, w.y, w.z};
       const T* r = in.positions + 3 * atom_at(g);
       for (int k = 0; k < 3; ++k) {
-        q_low[k] = std::min(q_low[k], qk[k]);
-        q_high[k] = std::max(q_high[k], qk[k]);
-        w_low[k] = std::min(w_low[k], wk[k]);
-        w_high[k] = std::max(w_high[k], wk[k]);
-        largest = std::max(largest, std::abs(r[k]));
+        range.q_low[k] = std::min(range.q_low[k], qk[k]);
+        range.q_high[k] = std::max(range.q_high[k], qk[k]);
+        range.w_low[k] = std::min(range.w_low[k], wk[k]);
+        range.w_high[k] = std::max(range.w_high[k], wk[k]);
+        range.largest = std::max(range.largest, static_cast<double>(std::abs(r[k])));
       }
     }
 
-    double wrap_range[3], extent = 0.0;
-    for (int k = 0; k < 3; ++k) {
-      s.lowest_wrap[k] = w_low[k];
-      wrap_range[k] = w_high[k] - w_low[k];
-      extent += s.cell.periodic[k] ? s.cell.length[k] : q_high[k] - q_low[k];
-    }
-    const Reach reach = make_reach<T>(s.cell, in.cutoff, wrap_range, extent, static_cast<double>(largest));
+    constexpr SearchPrices prices{200.0, 4.0, 0.0, 1.0, 3};
+    const Reach reach = make_grid<T>(s.cell, range, in.cutoff, static_cast<double>(s.num_atoms), prices, s);
     if (reach.shift_overflows) data_error("shift_overflows", static_cast<int64_t>(b));
     if (reach.images_blur) data_error("images_blur", static_cast<int64_t>(b));
-    s.radius = in.cutoff + reach.rounding;
-
-    double span[3], length[3];
-    for (int k = 0; k < 3; ++k) {
-      span[k] = s.cell.periodic[k] ? 1.0 : q_high[k] - q_low[k];
-      length[k] = span[k] * s.cell.height[k];
-    }
-    choose_bins(length, s.cell.periodic, s.radius, static_cast<double>(s.num_atoms), s.axis);
-    double num_bins = 1.0, diagonal = 0.0;
-    for (int k = 0; k < 3; ++k) {
-      s.origin[k] = s.cell.periodic[k] ? 0.0 : q_low[k];
-      s.bins_per_unit[k] = span[k] > 0.0 ? static_cast<double>(s.axis[k].bins) / span[k] : 1.0;
-      num_bins *= static_cast<double>(s.axis[k].bins);
-      diagonal += norm(s.cell.h + 3 * k) / s.bins_per_unit[k];
-    }
-    s.bin_diagonal = diagonal;
+    std::copy_n(range.w_low, 3, s.lowest_wrap);
+    double num_bins = 1.0;
+    for (const AxisBins& axis : s.axis) num_bins *= static_cast<double>(axis.bins);
     if (num_bins <= 4.0 * static_cast<double>(s.num_atoms) + 64.0) {
       s.table = table;
       table += static_cast<int64_t>(num_bins) + 1;
@@ -160,14 +120,7 @@ void CellList<T>::sort_into_bins(const SearchInput<T>& in) {
   parallel_blocks(in.num_atoms, kAtomBlock, [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g) {
       const System& s = system(system_at(g));
-      const Vec3<double>& q = q_[static_cast<size_t>(g)];
-      const double coordinate[3] = {q.x, q.y, q.z};
-      int64_t bin[3];
-      for (int k = 0; k < 3; ++k) {
-        const double position = (coordinate[k] - s.origin[k]) * s.bins_per_unit[k];
-        bin[k] = static_cast<int64_t>(std::min(std::max(position, 0.0), static_cast<double>(s.axis[k].bins - 1)));
-      }
-      key[static_cast<size_t>(g)] = (bin[0] * s.axis[1].bins + bin[1]) * s.axis[2].bins + bin[2];
+      key[static_cast<size_t>(g)] = bin_key(s, q_[static_cast<size_t>(g)]);
     }
   });
 

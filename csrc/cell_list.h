@@ -27,7 +27,8 @@ template <typename T>
 struct SearchInput {
   const T* positions;         // (N, 3)
   const T* cell;              // (B, 3, 3), rows are lattice vectors
-  const bool* pbc;            // (B, 3)
+  const bool* pbc;            // (B, 3), or (3,) with pbc_stride 0
+  int64_t pbc_stride;         // 3 or 0
   const int64_t* system_idx;  // (N,), or null: all atoms belong to system 0
   int64_t num_atoms;          // N
   int64_t num_systems;        // B
@@ -36,15 +37,10 @@ struct SearchInput {
   bool sorted;
 };
 
-struct System {
+struct System : Grid {
   SearchCell cell;
-  AxisBins axis[3];
-  double origin[3];         // smallest fractional coordinate: 0 on periodic axes
-  double bins_per_unit[3];  // bin = (q - origin) * bins_per_unit
-  double lowest_wrap[3];    // min W over its atoms
-  double radius;            // cutoff plus the bound on rounding
-  double bin_diagonal;      // largest distance between two points of one bin
-  int64_t first_atom = 0;   // of this system, in sorted order
+  double lowest_wrap[3];   // min W over its atoms
+  int64_t first_atom = 0;  // of this system, in sorted order
   int64_t num_atoms = 0;
   int64_t table = -1;  // first entry in `starts`, or -1: bisect the keys
 };
@@ -92,12 +88,6 @@ class CellList {
   int64_t atom_at(int64_t g) const { return grouped_.empty() ? g : grouped_[static_cast<size_t>(g)]; }
   int32_t system_at(int64_t g) const { return system_.empty() ? 0 : system_[static_cast<size_t>(g)]; }
 };
-
-// Floor division: the image an unwrapped bin number lies in.
-inline int64_t floor_div(int64_t a, int64_t n) {
-  const int64_t quotient = a / n;
-  return quotient - (a % n < 0 ? 1 : 0);
-}
 
 // The bins (dx, dy, first) .. (dx, dy, last), relative to a home bin, that can hold neighbours: a column of
 // bins is a line along h_z, and only its part inside the sphere of radius `radius + bin_diagonal` around the

@@ -45,14 +45,6 @@ struct Search {
     return {r[0][at], r[1][at], r[2][at]};
   }
 
-  // The half list's rule: i < j, or i = j and S lexicographically positive.
-  static bool in_half(int64_t i, int64_t j, T s0, T s1, T s2) {
-    if (i != j) return i < j;
-    if (s0 != 0) return s0 > 0;
-    if (s1 != 0) return s1 > 0;
-    return s2 > 0;
-  }
-
   // Entries of the tile that are neighbours of sorted atom a, after `measure`. Returns how many.
   int select(Tile<T>& tile, int64_t a, Selection& chosen) const {
     if (tile.home_first <= a && a < tile.home_last)  // (i, i, S = 0) is not a pair

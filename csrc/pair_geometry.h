@@ -11,6 +11,12 @@
 #include <cstdint>
 #include <limits>
 
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define DIFFNL_HD __host__ __device__
+#else
+#define DIFFNL_HD
+#endif
+
 namespace diffnl {
 
 // ------------------------------------------------------------------------------- exact arithmetic
@@ -22,19 +28,19 @@ struct Vec3 {
 
 // t = S @ h, one component: (S0 h0c + S1 h1c) + S2 h2c. `h` is row major, rows are lattice vectors.
 template <typename T>
-inline T cell_translation(T s0, T s1, T s2, const T* h, int c) {
+DIFFNL_HD inline T cell_translation(T s0, T s1, T s2, const T* h, int c) {
   return (s0 * h[c] + s1 * h[3 + c]) + s2 * h[6 + c];
 }
 
 // v = (r_j - r_i) + t
 template <typename T>
-inline Vec3<T> pair_vector(Vec3<T> ri, Vec3<T> rj, Vec3<T> t) {
+DIFFNL_HD inline Vec3<T> pair_vector(Vec3<T> ri, Vec3<T> rj, Vec3<T> t) {
   return {(rj.x - ri.x) + t.x, (rj.y - ri.y) + t.y, (rj.z - ri.z) + t.z};
 }
 
 // d2 = (vx vx + vy vy) + vz vz
 template <typename T>
-inline T squared_length(Vec3<T> v) {
+DIFFNL_HD inline T squared_length(Vec3<T> v) {
   return (v.x * v.x + v.y * v.y) + v.z * v.z;
 }
 
@@ -52,40 +58,38 @@ struct SearchCell {
   double condition;  // prod |h_k| / |det h| >= 1: how much rounding the inverse amplifies
 };
 
-inline void cross(const double* a, const double* b, double* out) {
+DIFFNL_HD inline void cross(const double* a, const double* b, double* out) {
   out[0] = a[1] * b[2] - a[2] * b[1];
   out[1] = a[2] * b[0] - a[0] * b[2];
   out[2] = a[0] * b[1] - a[1] * b[0];
 }
 
-inline double norm(const double* a) { return std::sqrt(a[0] * a[0] + a[1] * a[1] + a[2] * a[2]); }
+DIFFNL_HD inline double norm(const double* a) { return std::sqrt(a[0] * a[0] + a[1] * a[1] + a[2] * a[2]); }
 
 // Completes the periodic rows with orthonormal ones. Returns false when the periodic vectors are zero or
-// linearly dependent to within the rounding of T.
+// linearly dependent to within the rounding of T. Local arrays have constant indices only: on a GPU they live in
+// registers.
 template <typename T>
-inline bool make_search_cell(const T* cell, const bool* pbc, SearchCell& out) {
+DIFFNL_HD inline bool make_search_cell(const T* cell, const bool* pbc, SearchCell& out) {
   double* h = out.h;
-  int periodic_axes[3], open_axes[3], num_periodic = 0, num_open = 0;
   double lengths = 1.0;
   for (int k = 0; k < 3; ++k) {
     out.periodic[k] = pbc[k];
     out.length[k] = 0.0;
-    if (!pbc[k]) {
-      open_axes[num_open++] = k;
-      continue;
-    }
-    periodic_axes[num_periodic++] = k;
+    if (!pbc[k]) continue;
     for (int c = 0; c < 3; ++c) h[3 * k + c] = static_cast<double>(cell[3 * k + c]);
     out.length[k] = norm(h + 3 * k);
     lengths *= out.length[k];
   }
+  const int num_periodic = pbc[0] + pbc[1] + pbc[2];
   if (num_periodic == 0) {
     for (int c = 0; c < 9; ++c) h[c] = (c % 4 == 0);
   } else if (num_periodic == 1) {
     // Any direction that is not nearly parallel to the only lattice vector starts the normal plane.
-    const double* a = h + 3 * periodic_axes[0];
-    double* u = h + 3 * open_axes[0];
-    double* w = h + 3 * open_axes[1];
+    const int k = pbc[0] ? 0 : pbc[1] ? 1 : 2;
+    const double* a = h + 3 * k;
+    double* u = h + 3 * ((k + 1) % 3);
+    double* w = h + 3 * ((k + 2) % 3);
     int least = 0;
     for (int c = 1; c < 3; ++c) least = std::abs(a[c]) < std::abs(a[least]) ? c : least;
     const double axis[3] = {least == 0 ? 1.0 : 0.0, least == 1 ? 1.0 : 0.0, least == 2 ? 1.0 : 0.0};
@@ -96,8 +100,9 @@ inline bool make_search_cell(const T* cell, const bool* pbc, SearchCell& out) {
     const double scale_w = norm(w);
     for (int c = 0; c < 3; ++c) w[c] /= scale_w;
   } else if (num_periodic == 2) {
-    double* n = h + 3 * open_axes[0];
-    cross(h + 3 * periodic_axes[0], h + 3 * periodic_axes[1], n);
+    const int open = !pbc[0] ? 0 : !pbc[1] ? 1 : 2;
+    double* n = h + 3 * open;
+    cross(h + 3 * ((open + 1) % 3), h + 3 * ((open + 2) % 3), n);
     const double scale = norm(n);
     for (int c = 0; c < 3; ++c) n[c] /= scale;
   }
@@ -121,7 +126,7 @@ inline bool make_search_cell(const T* cell, const bool* pbc, SearchCell& out) {
   return true;
 }
 
-inline Vec3<double> fractional(const SearchCell& cell, Vec3<double> r) {
+DIFFNL_HD inline Vec3<double> fractional(const SearchCell& cell, Vec3<double> r) {
   const double* m = cell.inverse;
   return {r.x * m[0] + r.y * m[3] + r.z * m[6], r.x * m[1] + r.y * m[4] + r.z * m[7],
           r.x * m[2] + r.y * m[5] + r.z * m[8]};
@@ -138,8 +143,8 @@ struct Reach {
 // `wrap_range[k]` is max W_k - min W_k over the atoms of the system; `extent` bounds |r'_j - r'_i| of
 // wrapped positions; `largest_position` bounds |r|.
 template <typename T>
-inline Reach make_reach(const SearchCell& cell, double cutoff, const double* wrap_range, double extent,
-                        double largest_position) {
+DIFFNL_HD inline Reach make_reach(const SearchCell& cell, double cutoff, const double* wrap_range, double extent,
+                                  double largest_position) {
   const double eps = std::numeric_limits<T>::epsilon();
   const double eps64 = std::numeric_limits<double>::epsilon();
   Reach out{0.0, 0.0, false, false};
@@ -171,7 +176,7 @@ struct AxisBins {
 
 // Bins of width w with radius / R <= w, as narrow as whole numbers allow. An axis shorter than that is one
 // bin, and its images do the rest.
-inline AxisBins axis_bins(double length, double radius, bool periodic, int64_t reach) {
+DIFFNL_HD inline AxisBins axis_bins(double length, double radius, bool periodic, int64_t reach) {
   constexpr double most_bins = 1 << 20;  // three axes fit one 64-bit key
   const double fit = std::floor(length * static_cast<double>(reach) / radius);
   if (!(fit >= 1.0)) return {1, periodic ? static_cast<int64_t>(std::ceil(radius / length)) : 0};
@@ -179,15 +184,22 @@ inline AxisBins axis_bins(double length, double radius, bool periodic, int64_t r
   return {bins, periodic ? reach : std::min(reach, bins - 1)};
 }
 
-// Chooses R in 1 .. 3, the same for all axes, by the work it makes for one atom. Narrow bins propose fewer
-// candidates (the stencil of R = 1 holds the volume of 6.4 cutoff spheres, that of R = 2 of 3.7); wide bins share
-// the collecting of candidates among more atoms. Prices are in units of one tested candidate, fitted to times of
-// both.
-inline void choose_bins(const double* length, const bool* periodic, double radius, double num_atoms,
-                        AxisBins* chosen) {
-  constexpr double price_of_run = 200.0, price_of_copy = 4.0;
+// What a search pays, in units of one tested candidate, fitted to times; and the widest stencil it can take.
+struct SearchPrices {
+  double run;        // a run of bins along z
+  double copy;       // a candidate that is collected for the atoms of a bin
+  double bins;       // how many bins keep the device busy; 0 where there are always enough
+  double all_atoms;  // of all systems
+  int64_t most_reach;
+};
+
+// Chooses R in 1 .. most_reach, the same for all axes, by the work it makes for one atom. Narrow bins propose
+// fewer candidates (the stencil of R = 1 holds the volume of 6.4 cutoff spheres, that of R = 2 of 3.7); wide bins
+// share the collecting of candidates among more atoms.
+DIFFNL_HD inline void choose_bins(const double* length, const bool* periodic, double radius, double num_atoms,
+                                  const SearchPrices& prices, AxisBins* chosen) {
   double least = std::numeric_limits<double>::infinity();
-  for (int64_t reach = 1; reach <= 3; ++reach) {
+  for (int64_t reach = 1; reach <= prices.most_reach; ++reach) {
     AxisBins axes[3];
     double runs = 1.0, candidates = num_atoms, atoms_in_bin = num_atoms;
     for (int k = 0; k < 3; ++k) {
@@ -199,12 +211,99 @@ inline void choose_bins(const double* length, const bool* periodic, double radiu
       atoms_in_bin /= bins;
     }
     const double shared_by = std::max(atoms_in_bin, 1.0);
-    const double cost = candidates + (runs * price_of_run + candidates * price_of_copy) / shared_by;
+    const double idle = std::max(prices.bins * shared_by / prices.all_atoms, 1.0);
+    const double cost = idle * (candidates + (runs * prices.run + candidates * prices.copy) / shared_by);
     if (cost < least) {
       least = cost;
-      std::copy_n(axes, 3, chosen);
+      for (int k = 0; k < 3; ++k) chosen[k] = axes[k];
     }
   }
+}
+
+// -------------------------------------------------------------------------------- wrapping and bins
+
+// r = (q + w) @ h with q in [0, 1) on periodic axes. Wrapped twice: far from the cell the first w is off by
+// the rounding of q, and the remainder shows by how much.
+DIFFNL_HD inline void wrap(const SearchCell& cell, Vec3<double> r, Vec3<double>& q, Vec3<double>& w) {
+  w = {0.0, 0.0, 0.0};
+  q = fractional(cell, r);
+  for (int pass = 0; pass < 2; ++pass) {
+    const Vec3<double> whole{cell.periodic[0] ? std::floor(q.x) : 0.0, cell.periodic[1] ? std::floor(q.y) : 0.0,
+                             cell.periodic[2] ? std::floor(q.z) : 0.0};
+    if (whole.x == 0.0 && whole.y == 0.0 && whole.z == 0.0) return;
+    w = {w.x + whole.x, w.y + whole.y, w.z + whole.z};
+    q = fractional(
+        cell, {r.x - cell_translation(w.x, w.y, w.z, cell.h, 0), r.y - cell_translation(w.x, w.y, w.z, cell.h, 1),
+               r.z - cell_translation(w.x, w.y, w.z, cell.h, 2)});
+  }
+}
+
+// What a grid must know of a system's atoms.
+struct AtomRange {
+  double q_low[3], q_high[3];  // wrapped fractional coordinates
+  double w_low[3], w_high[3];  // cells the atoms were found in
+  double largest;              // |component| of a position
+};
+
+// How one system is cut into bins.
+struct Grid {
+  AxisBins axis[3];
+  double origin[3];         // smallest fractional coordinate: 0 on periodic axes
+  double bins_per_unit[3];  // bin = (q - origin) * bins_per_unit
+  double radius;            // cutoff plus the bound on rounding
+  double bin_diagonal;      // largest distance between two points of one bin
+};
+
+template <typename T>
+DIFFNL_HD inline Reach make_grid(const SearchCell& cell, const AtomRange& range, double cutoff, double num_atoms,
+                                 const SearchPrices& prices, Grid& out) {
+  double wrap_range[3], span[3], length[3], extent = 0.0;
+  for (int k = 0; k < 3; ++k) {
+    const double across = range.q_high[k] - range.q_low[k];
+    wrap_range[k] = range.w_high[k] - range.w_low[k];
+    extent += cell.periodic[k] ? cell.length[k] : across;
+    span[k] = cell.periodic[k] ? 1.0 : across;
+    length[k] = span[k] * cell.height[k];
+  }
+  const Reach reach = make_reach<T>(cell, cutoff, wrap_range, extent, range.largest);
+  out.radius = cutoff + reach.rounding;
+  choose_bins(length, cell.periodic, out.radius, num_atoms, prices, out.axis);
+  out.bin_diagonal = 0.0;
+  for (int k = 0; k < 3; ++k) {
+    out.origin[k] = cell.periodic[k] ? 0.0 : range.q_low[k];
+    out.bins_per_unit[k] = span[k] > 0.0 ? static_cast<double>(out.axis[k].bins) / span[k] : 1.0;
+    out.bin_diagonal += norm(cell.h + 3 * k) / out.bins_per_unit[k];
+  }
+  return reach;
+}
+
+DIFFNL_HD inline int64_t bin_on_axis(const Grid& grid, int k, double q) {
+  const double position = (q - grid.origin[k]) * grid.bins_per_unit[k];
+  return static_cast<int64_t>(std::min(std::max(position, 0.0), static_cast<double>(grid.axis[k].bins - 1)));
+}
+
+// Along z, neighbouring bins have neighbouring keys.
+DIFFNL_HD inline int64_t bin_key(const Grid& grid, int64_t bx, int64_t by, int64_t bz) {
+  return (bx * grid.axis[1].bins + by) * grid.axis[2].bins + bz;
+}
+
+DIFFNL_HD inline int64_t bin_key(const Grid& grid, Vec3<double> q) {
+  return bin_key(grid, bin_on_axis(grid, 0, q.x), bin_on_axis(grid, 1, q.y), bin_on_axis(grid, 2, q.z));
+}
+
+// Floor division: the image an unwrapped bin number lies in.
+DIFFNL_HD inline int64_t floor_div(int64_t a, int64_t n) {
+  const int64_t quotient = a / n;
+  return quotient - (a % n < 0 ? 1 : 0);
+}
+
+// The half list's rule: i < j, or i = j and S lexicographically positive.
+template <typename S>
+DIFFNL_HD inline bool in_half(int64_t i, int64_t j, S s0, S s1, S s2) {
+  if (i != j) return i < j;
+  if (s0 != 0) return s0 > 0;
+  if (s1 != 0) return s1 > 0;
+  return s2 > 0;
 }
 
 }  // namespace diffnl

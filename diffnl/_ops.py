@@ -53,12 +53,56 @@ def neighbor_pairs(
     full: bool,
     sorted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, 3), (B, 3, 3), (B, 3) bool, (N,) int64 -> mapping (2, P), shifts (P, 3), vectors (P, 3)."""
+    """(N, 3), (3, 3) or (B, 3, 3), (3,) or (B, 3) bool, (N,) int64 -> mapping (2, P), shifts (P, 3), vectors
+    (P, 3)."""
     try:
-        return torch.ops.diffnl.neighbor_pairs(positions, cell, pbc, system_idx, cutoff, full, sorted)
+        return torch.ops.diffnl.neighbor_pairs.default(positions, cell, pbc, system_idx, cutoff, full, sorted)
     except RuntimeError as error:
         _validate.raise_data_error(error, positions, cell)
         raise
+
+
+# Where the backward of a full list takes links, 8 bytes a pair, instead of mapping and shifts.
+LINKED_DEVICES = {"cuda"} if {"cuda", "hip"} & set(build_info()["backends"]) else set()
+if "hostgpu" in build_info()["backends"]:
+    LINKED_DEVICES.add("cpu")
+
+
+def linked_neighbor_pairs(
+    positions: Tensor, cell: Tensor, pbc: Tensor, system_idx: Tensor | None, cutoff: float, sorted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The full list as `neighbor_pairs` gives it, then links (P,) and rows (2 N + B + 2,) int64.
+
+    Links and rows are opaque: they stand for mapping and shifts in `linked_vectors` and `linked_adjoint`. Both
+    are empty where the list cannot be linked (|S| > 31, or 16,384 pairs of one atom).
+    """
+    try:
+        return torch.ops.diffnl.linked_neighbor_pairs.default(positions, cell, pbc, system_idx, cutoff, sorted)
+    except RuntimeError as error:
+        _validate.raise_data_error(error, positions, cell)
+        raise
+
+
+def linked_vectors(
+    positions: Tensor, cell: Tensor | None, links: Tensor, rows: Tensor, system_idx: Tensor | None
+) -> Tensor:
+    """r_j - r_i + S @ h, (P, 3)."""
+    return torch.ops.diffnl.linked_vectors.default(positions, cell, links, rows, system_idx)
+
+
+def linked_adjoint(
+    grad: Tensor,
+    links: Tensor,
+    rows: Tensor,
+    num_atoms: int,
+    num_systems: int,
+    need_positions: bool,
+    need_cell: bool,
+) -> tuple[Tensor, Tensor]:
+    """(P, 3) -> gradients (N, 3) and (B, 3, 3); one that is not needed comes back with no rows."""
+    return torch.ops.diffnl.linked_adjoint.default(
+        grad, links, rows, num_atoms, num_systems, need_positions, need_cell
+    )
 
 
 def pair_vectors(
@@ -66,7 +110,7 @@ def pair_vectors(
 ) -> Tensor:
     """r_j - r_i + S @ h, (P, 3). Without `cell` the shifts do not matter and may be None."""
     try:
-        return torch.ops.diffnl.pair_vectors(positions, cell, mapping, shifts, system_idx)
+        return torch.ops.diffnl.pair_vectors.default(positions, cell, mapping, shifts, system_idx)
     except RuntimeError as error:
         _validate.raise_data_error(error, positions, cell)
         raise
@@ -83,9 +127,31 @@ def pair_vectors_adjoint(
     need_cell: bool,
 ) -> tuple[Tensor, Tensor]:
     """(P, 3) -> gradients (N, 3) and (B, 3, 3); one that is not needed comes back with no rows."""
-    return torch.ops.diffnl.pair_vectors_adjoint(
+    return torch.ops.diffnl.pair_vectors_adjoint.default(
         grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell
     )
+
+
+def is_linked(first: Tensor) -> bool:
+    """Whether `first` of a list (first, second, system_idx) is links (P,) and not mapping (2, P)."""
+    return first.ndim == 1
+
+
+def vectors_of_list(
+    positions: Tensor, cell: Tensor | None, first: Tensor, second: Tensor | None, system_idx: Tensor | None
+) -> Tensor:
+    """`linked_vectors` or `pair_vectors`."""
+    function = linked_vectors if is_linked(first) else pair_vectors
+    return function(positions, cell, first, second, system_idx)
+
+
+def adjoint_of_list(
+    grad: Tensor, first: Tensor, second: Tensor | None, system_idx: Tensor | None, *sizes_and_needs
+) -> tuple[Tensor, Tensor]:
+    """`linked_adjoint` or `pair_vectors_adjoint`."""
+    if is_linked(first):
+        return linked_adjoint(grad, first, second, *sizes_and_needs)
+    return pair_vectors_adjoint(grad, first, second, system_idx, *sizes_and_needs)
 
 
 @torch.library.register_fake("diffnl::neighbor_pairs")
@@ -105,6 +171,32 @@ def _(positions, cell, mapping, shifts, system_idx=None):
 
 @torch.library.register_fake("diffnl::pair_vectors_adjoint")
 def _(grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions=True, need_cell=True):
+    return (
+        grad.new_empty((num_atoms if need_positions else 0, 3)),
+        grad.new_empty((num_systems if need_cell else 0, 3, 3)),
+    )
+
+
+@torch.library.register_fake("diffnl::linked_neighbor_pairs")
+def _(positions, cell, pbc, system_idx, cutoff, sorted=False):
+    num_pairs = torch.library.get_ctx().new_dynamic_size()
+    num_links = torch.library.get_ctx().new_dynamic_size()
+    return (
+        positions.new_empty((2, num_pairs), dtype=torch.int64),
+        positions.new_empty((num_pairs, 3), dtype=torch.int32),
+        positions.new_empty((num_pairs, 3)),
+        positions.new_empty((num_links,), dtype=torch.int64),
+        positions.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("diffnl::linked_vectors")
+def _(positions, cell, links, rows, system_idx=None):
+    return positions.new_empty((links.shape[0], 3))
+
+
+@torch.library.register_fake("diffnl::linked_adjoint")
+def _(grad, links, rows, num_atoms, num_systems, need_positions=True, need_cell=True):
     return (
         grad.new_empty((num_atoms if need_positions else 0, 3)),
         grad.new_empty((num_systems if need_cell else 0, 3, 3)),

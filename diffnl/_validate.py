@@ -50,14 +50,19 @@ def positions(value: Tensor) -> Tensor:
 
 
 def cell(value: Tensor, like: Tensor) -> Tensor:
-    """(3, 3) or (B, 3, 3), dtype and device of `positions`; returned as (B, 3, 3)."""
+    """(3, 3) or (B, 3, 3), dtype and device of `positions`."""
     t = _tensor("cell", value)
     if t.dtype != like.dtype:
         raise TypeError(f"`cell` must have the dtype of `positions`, {like.dtype}; got {t.dtype}")
     if t.ndim not in (2, 3) or t.shape[-2:] != (3, 3):
         raise ValueError(f"`cell` must have shape (3, 3) or (B, 3, 3); got {_shape(t)}")
     same_device("cell", t, like)
-    return t if t.ndim == 3 else t.unsqueeze(0)
+    return t
+
+
+def num_systems(cell: Tensor) -> int:
+    """B of a checked (3, 3) or (B, 3, 3) cell."""
+    return 1 if cell.ndim == 2 else cell.shape[0]
 
 
 def same_device(name: str, t: Tensor, like: Tensor) -> None:
@@ -105,7 +110,7 @@ def system_idx(value: Tensor | None, like: Tensor) -> Tensor | None:
 def systems(
     cell: Tensor | None, pbc: Tensor, system_idx: Tensor | None, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Settles the number of systems B; returns `cell` (B, 3, 3) and `pbc` (B, 3).
+    """Settles the number of systems B; returns `cell`, (3, 3) or (B, 3, 3), and `pbc`, (3,) or (B, 3).
 
     B is the number of cells. Without a cell it is the number of rows of a (B, 3) `pbc`, or one more than the
     largest `system_idx`, or 1.
@@ -114,40 +119,40 @@ def systems(
         if bool(pbc.any()):
             raise ValueError("`cell` must be given where `pbc` is true; got None")
         if pbc.ndim == 2:
-            num_systems = pbc.shape[0]
+            systems = pbc.shape[0]
         elif system_idx is not None and system_idx.numel() > 0:
-            num_systems = max(int(system_idx.max()) + 1, 1)
+            systems = max(int(system_idx.max()) + 1, 1)
         else:
-            num_systems = 1
-        cell = positions.new_zeros((num_systems, 3, 3))
-    num_systems = cell.shape[0]
-    if pbc.ndim == 2 and pbc.shape[0] != num_systems:
+            systems = 1
+        cell = positions.new_zeros((systems, 3, 3))
+    systems = num_systems(cell)
+    if pbc.ndim == 2 and pbc.shape[0] != systems:
         raise ValueError(
-            f"`pbc` must have shape (3,) or (B, 3) with B = {num_systems}, the number of cells; "
+            f"`pbc` must have shape (3,) or (B, 3) with B = {systems}, the number of cells; "
             f"got {_shape(pbc)}"
         )
-    if num_systems == 0 and positions.shape[0] > 0:
+    if systems == 0 and positions.shape[0] > 0:
         raise ValueError(
             f"`cell` must hold at least one cell for {positions.shape[0]} atoms; got {_shape(cell)}"
         )
-    if num_systems > 1 and system_idx is None:
+    if systems > 1 and system_idx is None:
         raise ValueError(
-            f"`system_idx` must be given, of shape ({positions.shape[0]},), for {num_systems} cells; got None"
+            f"`system_idx` must be given, of shape ({positions.shape[0]},), for {systems} cells; got None"
         )
-    return cell, pbc if pbc.ndim == 2 else pbc.expand(num_systems, 3)
+    return cell, pbc
 
 
 def system_of_atom(system_idx_value: Tensor | None, cell: Tensor, positions: Tensor) -> Tensor | None:
-    """`system_idx` for B cells (B, 3, 3), with its values checked; None where all atoms are in one system."""
+    """`system_idx` for the B cells of `cell`, with its values checked; None where all atoms are in one system."""
     index = system_idx(system_idx_value, positions)
     systems(cell, pbc(None, positions), index, positions)
     if index is None or index.numel() == 0:
         return None
-    outside = (index < 0) | (index >= cell.shape[0])
+    outside = (index < 0) | (index >= num_systems(cell))
     if bool(outside.any()):
         atom = int(torch.nonzero(outside)[0])
         raise data_error("system_idx_out_of_range", positions, cell, int(index[atom]), atom)
-    return None if cell.shape[0] == 1 else index
+    return None if num_systems(cell) == 1 else index
 
 
 def mapping(value: Tensor, like: Tensor) -> Tensor:
@@ -234,13 +239,18 @@ DATA_ERRORS = {
 
 def data_error(code: str, positions: Tensor, cell: Tensor | None, a: int, b: int = 0) -> ValueError:
     """The ValueError for a fault `code` found in the data; `a` and `b` are the numbers in its message."""
-    source = {"positions_not_finite": positions, "cell_not_finite": cell, "cell_singular": cell}.get(code)
+    if code == "positions_not_finite":
+        source = positions
+    elif code in ("cell_not_finite", "cell_singular"):
+        source = cell.reshape(-1, 3, 3)
+    else:
+        source = None
     return ValueError(
         DATA_ERRORS[code].format(
             a=a,
             b=b,
             row=None if source is None else source.detach()[a].tolist(),
-            systems=None if cell is None else cell.shape[0],
+            systems=None if cell is None else num_systems(cell),
             atoms=positions.shape[0],
             dtype=positions.dtype,
         )

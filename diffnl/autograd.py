@@ -9,6 +9,9 @@ With the pairs fixed, the vectors are linear in positions r and cell h:
 Each of the two maps is the other's backward, so derivatives of every order exist; forward mode applies a map
 to the tangents. `Search` finds the pairs and writes the same vectors: its backward is PairVectorsAdjoint,
 its forward mode PairVectors. None of them saves a float: a linear map's derivative needs only the list.
+
+A list is three tensors, in one of two forms: (mapping, shifts, system_idx), or from `LinkedSearch`, on a GPU,
+(links, rows, system_idx), which is a third of the memory and knows the reverse of each pair.
 """
 
 import inspect
@@ -16,8 +19,9 @@ import inspect
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
 
-from . import _ops
+from . import _ops, _validate
 
 
 def _bind_nothing(forward):
@@ -27,11 +31,16 @@ def _bind_nothing(forward):
     return forward
 
 
-def _save_list(ctx, mapping, shifts, system_idx, uses_cell: bool) -> None:
-    """Keeps of a list what the other map needs: without a cell, the shifts and systems play no part."""
-    kept = (mapping, shifts, system_idx) if uses_cell else (mapping, None, None)
-    ctx.save_for_backward(*kept)
-    ctx.save_for_forward(mapping, shifts, system_idx)
+def _without_cell(pair_list):
+    """What is left of a list where no cell takes part: the shifts and systems do not matter."""
+    first, second, _ = pair_list
+    return first, second if _ops.is_linked(first) else None, None
+
+
+def _save_list(ctx, *pair_list, uses_cell: bool) -> None:
+    """Keeps of a list what the other map needs."""
+    ctx.save_for_backward(*(pair_list if uses_cell else _without_cell(pair_list)))
+    ctx.save_for_forward(*pair_list)
 
 
 def _vmap_loop(function: type[Function], info, in_dims, args, mapped: int):
@@ -58,15 +67,16 @@ class PairVectors(Function):
 
     @staticmethod
     @_bind_nothing
-    def forward(positions, cell, mapping, shifts, system_idx):
-        return _ops.pair_vectors(positions, cell, mapping, shifts, system_idx)
+    def forward(positions, cell, *pair_list):
+        return _ops.vectors_of_list(positions, cell, *pair_list)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        positions, cell, mapping, shifts, system_idx = inputs
-        ctx.sizes = positions.shape[0], 0 if cell is None else cell.shape[0]
+        positions, cell, *pair_list = inputs
+        ctx.sizes = positions.shape[0], _num_systems(pair_list, positions.shape[0], cell)
+        ctx.cell_shape = None if cell is None else cell.shape
         ctx.set_materialize_grads(False)
-        _save_list(ctx, mapping, shifts, system_idx, uses_cell=cell is not None and ctx.needs_input_grad[1])
+        _save_list(ctx, *pair_list, uses_cell=cell is not None and ctx.needs_input_grad[1])
 
     @staticmethod
     def backward(ctx, grad):
@@ -86,23 +96,22 @@ class PairVectorsAdjoint(Function):
 
     @staticmethod
     @_bind_nothing
-    def forward(grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell):
-        return _ops.pair_vectors_adjoint(
-            grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell
-        )
+    def forward(grad, first, second, system_idx, *sizes_and_needs):
+        return _ops.adjoint_of_list(grad, first, second, system_idx, *sizes_and_needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, mapping, shifts, system_idx, *ctx.sizes_and_needs = inputs
+        _, first, second, system_idx, *ctx.sizes_and_needs = inputs
         ctx.set_materialize_grads(False)
-        _save_list(ctx, mapping, shifts, system_idx, uses_cell=ctx.sizes_and_needs[3])
+        _save_list(ctx, first, second, system_idx, uses_cell=ctx.sizes_and_needs[3])
 
     @staticmethod
     def backward(ctx, grad_positions, grad_cell):
         num_atoms, _, need_positions, need_cell = ctx.sizes_and_needs
         grad_positions = grad_positions if need_positions else None
         grad_cell = grad_cell if need_cell else None
-        return _apply_to(grad_positions, grad_cell, ctx.saved_tensors, num_atoms), *[None] * 7
+        vectors = _apply_to(grad_positions, grad_cell, ctx.saved_tensors, num_atoms)
+        return vectors, *[None] * 7
 
     @staticmethod
     def jvp(ctx, grad, *_):
@@ -127,7 +136,8 @@ class Search(Function):
     def setup_context(ctx, inputs, output):
         positions, cell, _, system_idx, *_ = inputs
         mapping, shifts, _ = output
-        ctx.sizes = positions.shape[0], cell.shape[0]
+        ctx.sizes = positions.shape[0], _validate.num_systems(cell)
+        ctx.cell_shape = cell.shape
         ctx.mark_non_differentiable(mapping, shifts)
         ctx.set_materialize_grads(False)
         _save_list(ctx, mapping, shifts, system_idx, uses_cell=ctx.needs_input_grad[1])
@@ -148,15 +158,62 @@ class Search(Function):
         )
 
 
+class LinkedSearch(Search):
+    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ... -> what Search returns for a full list, links, rows.
+
+    The backward keeps the links and not mapping and shifts, which are then freed as soon as nobody holds them.
+    """
+
+    @staticmethod
+    @_bind_nothing
+    def forward(positions, cell, pbc, system_idx, cutoff, sorted):
+        return _ops.linked_neighbor_pairs(positions, cell, pbc, system_idx, cutoff, sorted)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        positions, cell, _, system_idx, *_ = inputs
+        mapping, shifts, _, links, rows = output
+        ctx.sizes = positions.shape[0], _validate.num_systems(cell)
+        ctx.cell_shape = cell.shape
+        ctx.mark_non_differentiable(mapping, shifts, links, rows)
+        ctx.set_materialize_grads(False)
+        pair_list = (links, rows) if links.numel() > 0 else (mapping, shifts)
+        _save_list(ctx, *pair_list, system_idx, uses_cell=ctx.needs_input_grad[1])
+
+    @staticmethod
+    def backward(ctx, _mapping, _shifts, grad, _links, _rows):
+        return *_gradients(ctx, grad), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, positions, cell, *_):
+        return None, None, _tangent(ctx, positions, cell), None, None
+
+
+def _num_systems(pair_list, num_atoms: int, cell: Tensor | None) -> int:
+    """B; 0 where it is not known and does not matter."""
+    first, second, _ = pair_list
+    if _ops.is_linked(first):
+        return second.shape[0] - 2 * num_atoms - 2
+    return 0 if cell is None else _validate.num_systems(cell)
+
+
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def _ends_here(grad: Tensor) -> bool:
+    """Whether nobody differentiates, vmaps or pushes tangents through this backward: then the bare operator
+    does, without the cost of a Function."""
+    return not (torch.is_grad_enabled() or _transforms_active() or unpack_dual(grad).tangent is not None)
+
+
 def _gradients(ctx, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of positions and cell, for a ctx that holds (sizes, list) of a map to vectors."""
     need_positions, need_cell = ctx.needs_input_grad[:2]
     if grad is None or not (need_positions or need_cell):
         return None, None
-    grad_positions, grad_cell = PairVectorsAdjoint.apply(
-        grad, *ctx.saved_tensors, *ctx.sizes, need_positions, need_cell
-    )
-    return grad_positions if need_positions else None, grad_cell if need_cell else None
+    adjoint = _ops.adjoint_of_list if _ends_here(grad) else PairVectorsAdjoint.apply
+    grad_positions, grad_cell = adjoint(grad, *ctx.saved_tensors, *ctx.sizes, need_positions, need_cell)
+    return grad_positions if need_positions else None, grad_cell.view(ctx.cell_shape) if need_cell else None
 
 
 def _tangent(ctx, positions: Tensor | None, cell: Tensor | None) -> Tensor | None:
@@ -164,12 +221,11 @@ def _tangent(ctx, positions: Tensor | None, cell: Tensor | None) -> Tensor | Non
 
 
 def _apply_to(positions: Tensor | None, cell: Tensor | None, pair_list, num_atoms: int) -> Tensor | None:
-    """PairVectors of tangents that may be absent."""
+    """PairVectors of tangents that may be absent; `cell` (3, 3) or (B, 3, 3)."""
     if positions is None and cell is None:
         return None
-    mapping, shifts, system_idx = pair_list
     if positions is None:
         positions = cell.new_zeros((num_atoms, 3))
     if cell is None:
-        shifts = system_idx = None
-    return PairVectors.apply(positions, cell, mapping, shifts, system_idx)
+        pair_list = _without_cell(pair_list)
+    return PairVectors.apply(positions, cell, *pair_list)

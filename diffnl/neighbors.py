@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _validate
-from .autograd import PairVectors, Search
+from . import _ops, _validate
+from .autograd import LinkedSearch, PairVectors, Search
 
 
 class _PairFields(NamedTuple):
@@ -121,10 +121,23 @@ class NeighborList(nn.Module):
         pbc = _validate.pbc(pbc, positions)
         system_idx = _validate.system_idx(system_idx, positions)
         cell, pbc = _validate.systems(cell, pbc, system_idx, positions)
+        if self.full and _wants_links(positions, cell):
+            found = LinkedSearch.apply(positions, cell, pbc, system_idx, self.cutoff, self.sorted)
+            return Pairs(*found[:3])
         return Pairs(*Search.apply(positions, cell, pbc, system_idx, self.cutoff, self.full, self.sorted))
 
     def extra_repr(self) -> str:
         return f"cutoff={self.cutoff}, full={self.full}, sorted={self.sorted}"
+
+
+def _wants_links(positions: Tensor, cell: Tensor) -> bool:
+    """Whether a backward may follow that runs from links."""
+    return (
+        positions.device.type in _ops.LINKED_DEVICES
+        and torch.is_grad_enabled()
+        and (positions.requires_grad or cell.requires_grad)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def pair_vectors(

@@ -36,6 +36,8 @@ def neighbor_pairs(
     pbc = _validate.pbc(pbc, positions)
     system_idx = _validate.system_idx(system_idx, positions)
     cell, pbc = _validate.systems(cell, pbc, system_idx, positions)
+    cell = cell.reshape(-1, 3, 3)
+    pbc = pbc.expand(cell.shape[0], 3)
     _check_data(positions, cell, pbc, system_idx)
 
     if system_idx is None:

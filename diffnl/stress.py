@@ -66,10 +66,9 @@ def forces_and_stress(
         (grad,) = _gradients(energy, (positions,), create_graph)
         return -grad, None
 
-    cells = _validate.cell(cell, positions)
-    _validate.requires_grad("cell", cell)  # not the view above, which has no graph under no_grad
-    system_idx = _validate.system_of_atom(system_idx, cells, positions)
-    energy = _validate.energy(energy, cells.shape[0])
+    _validate.requires_grad("cell", _validate.cell(cell, positions))
+    system_idx = _validate.system_of_atom(system_idx, cell, positions)
+    energy = _validate.energy(energy, _validate.num_systems(cell))
     grad_positions, grad_cell = _gradients(energy, (positions, cell), create_graph)
     with torch.set_grad_enabled(create_graph):
         if system_idx is None:

@@ -13,6 +13,7 @@ stopped), and at the end `potential.pt`, an ASE calculator's input (`mlip/calcul
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ from mlip import report
 from mlip.calculator import PotentialCalculator, build_potential, relax_strained, save_potential
 from mlip.data import Frame, atoms_from_frame, fingerprint, make_copper, read_frames, split
 from mlip.model import ModelConfig
+from mlip.profiling import layer_share, share_table
 from mlip.training import Settings, Trainer, check_species, evaluate, fit_config, write_atomically
 from tqdm import tqdm
 
@@ -61,6 +63,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--edge-lmax", type=int, default=2, help="highest degree of the spherical harmonics")
     add("--every", type=int, help="epochs between two lines of the table (default: about 20 lines in all)")
     add("--relax-steps", type=int, default=200, help="at most, in the relaxation at the end")
+    add(
+        "--profile-layer",
+        type=int,
+        metavar="N",
+        default=0,
+        help="at the end, time N more steps and the neighbour list's part of them (OUT/layer_share.json)",
+    )
     options = parser.parse_args(arguments)
     for name in ("epochs", "batch_size", "layers", "channels", "learning_rate", "cutoff"):
         if getattr(options, name) <= 0:
@@ -102,7 +111,7 @@ def build(options: argparse.Namespace, train: list[Frame], device: torch.device)
 
 
 # Options that may differ between a run and its continuation.
-FREE = {"out", "resume", "stop_after", "device", "every", "relax_steps", "train", "test"}
+FREE = {"out", "resume", "stop_after", "device", "every", "relax_steps", "train", "test", "profile_layer"}
 
 
 def resume(trainer: Trainer, options: argparse.Namespace, data: str, path: Path) -> None:
@@ -210,6 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped after {trainer.epoch} of {options.epochs} epochs; --resume goes on")
         return 0
     conclude(trainer, train_frames, test_frames, options)
+    if options.profile_layer > 0:
+        share = layer_share(trainer, options.profile_layer)
+        print("\n" + share_table(share))
+        (options.out / "layer_share.json").write_text(json.dumps(share, indent=1))
     print(f"\n{time.perf_counter() - started:.0f} s in all")
     return 0
 

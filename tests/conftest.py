@@ -9,6 +9,8 @@ import torch
 import diffnl
 
 hypothesis.settings.register_profile("default", max_examples=300, deadline=None)
+# For slow machinery, such as kernels that an emulator runs.
+hypothesis.settings.register_profile("quick", max_examples=60, deadline=None)
 hypothesis.settings.register_profile(
     "thorough",
     max_examples=20_000,
@@ -23,16 +25,27 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 torch.set_num_threads(1)
 
 
+BACKENDS = diffnl.build_info()["backends"]
+# A build for tests: an emulator runs the GPU kernels, which answer CPU tensors in the CPU backend's place.
+EMULATED = BACKENDS == ["hostgpu"]
+
+
+def pytest_configure(config):
+    # torch's own, where matrix products run in a backward: its threads find the context on their own.
+    config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS:UserWarning")
+
+
 def why_no_gpu():
     """Why nothing can run on a GPU here, or None."""
-    if not {"cuda", "hip"} & set(diffnl.build_info()["backends"]):
+    if not {"cuda", "hip"} & set(BACKENDS):
         return "diffnl was built without a GPU backend"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     return None
 
 
-@pytest.fixture(params=["cpu"] if why_no_gpu() else ["cpu", "cuda"])
+# Of the session, so that hypothesis may draw many examples on one device.
+@pytest.fixture(scope="session", params=["cpu"] if why_no_gpu() else ["cpu", "cuda"])
 def device(request):
     """Every device that this build and this machine can run."""
     return torch.device(request.param)
@@ -45,6 +58,27 @@ def gpu():
     if reason:
         pytest.skip(f"nothing ran on a GPU: {reason}")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def second_gpu(gpu):
+    """A GPU that is not the current one, or a skip."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("nothing ran on a second GPU: torch sees one")
+    return torch.device("cuda", 1 - torch.cuda.current_device())
+
+
+@pytest.fixture
+def gpu_kernels(device):
+    """Whether the GPU kernels answer tensors of `device`."""
+    return device.type == "cuda" or EMULATED
+
+
+@pytest.fixture
+def cpu_backend():
+    """Skips a test of the CPU backend in a build without it."""
+    if EMULATED:
+        pytest.skip("a test of the CPU backend: in this build an emulator runs the GPU kernels in its place")
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from compare import assert_same_bits, assert_well_formed, bits
+from compare import assert_same_bits, assert_well_formed, bits, on_cpu
 from systems import SYSTEMS, TRICLINIC, cubic, scatter, tensor
 
 import diffnl
@@ -69,8 +69,24 @@ PBC += [torch.tensor(True), torch.ones(1, 3, dtype=torch.bool), tuple(np.ones(3,
 
 
 @pytest.mark.parametrize("pbc", PBC, ids=[f"{n}_{type(p).__name__}" for n, p in enumerate(PBC)])
-def test_pbc_in_any_form(pbc):
-    assert_same_bits(diffnl.neighbor_pairs(R, H, pbc, 2.0), diffnl.neighbor_pairs(R, H, True, 2.0))
+def test_pbc_in_any_form(pbc, device):
+    positions, cell = R.to(device), H.to(device)
+    pbc = pbc.to(device) if isinstance(pbc, torch.Tensor) else pbc
+    expected = diffnl.neighbor_pairs(positions, cell, torch.tensor([[True] * 3], device=device), 2.0)
+    assert_same_bits(diffnl.neighbor_pairs(positions, cell, pbc, 2.0), expected)
+
+
+@pytest.mark.parametrize("integer", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_integer_dtypes_of_a_list_do_not_matter(integer, dtype, device):
+    """uint8 holds no negative shift: its list is one of an open system."""
+    positions, cell, _, system_idx = SYSTEMS["batch_interleaved"].arguments(dtype, device)
+    pairs = diffnl.neighbor_pairs(positions, cell, integer is not torch.uint8, 5.0, system_idx)
+    again = diffnl.pair_vectors(
+        positions, cell, pairs.mapping.to(integer), pairs.shifts.to(integer), system_idx.to(integer)
+    )
+    assert torch.equal(bits(again), bits(pairs.vectors))
+    long = diffnl.pair_vectors(positions, cell, pairs.mapping, pairs.shifts.long(), system_idx)
+    assert torch.equal(bits(long), bits(pairs.vectors))
 
 
 @pytest.mark.parametrize("pbc", [None, False, (False, False, False), torch.zeros(3, dtype=torch.bool)])
@@ -108,7 +124,7 @@ def test_far_positions_are_listed_exactly_or_refused(dtype, device):
         positions[2] += 10.0**exponent * tensor([0.3, -1.0, 0.7])
         arguments = positions.to(device, dtype), tensor(TRICLINIC).to(device, dtype), True, 5.0
         try:
-            expected = diffnl.reference.neighbor_pairs(*arguments, sorted=True)
+            expected = diffnl.reference.neighbor_pairs(*on_cpu(arguments), sorted=True)
         except ValueError as error:
             with pytest.raises(ValueError) as caught:
                 diffnl.neighbor_pairs(*arguments)
@@ -122,9 +138,9 @@ def test_far_positions_are_listed_exactly_or_refused(dtype, device):
     assert 4 <= listed <= 14
 
 
-def test_lengths_near_the_end_of_float32():
+def test_lengths_near_the_end_of_float32(device):
     """Where four times a squared distance overflows and the squared distance does not."""
-    positions = torch.tensor([[0.0, 0.0, 0.0], [1.5e19, 0.0, 0.0]])
+    positions = torch.tensor([[0.0, 0.0, 0.0], [1.5e19, 0.0, 0.0]], device=device)
     pairs = diffnl.neighbor_pairs(positions, None, None, 1.6e19)
     oracle = diffnl.reference.neighbor_pairs(positions, None, None, 1.6e19)
     assert pairs.mapping.tolist() == oracle.mapping.tolist() == [[0, 1], [1, 0]]

@@ -44,7 +44,7 @@ def saved_by(function):
 
 @wanted_inputs
 @pytest.mark.parametrize("source", ["list", "vectors"])
-def test_only_integers_are_saved(source, wanted, device):
+def test_only_integers_are_saved(source, wanted, device, gpu_kernels):
     arguments = positions, cell, _, system_idx = system(device, *wanted)
     mapping, shifts, _ = find(arguments)
 
@@ -55,11 +55,31 @@ def test_only_integers_are_saved(source, wanted, device):
 
     kept = saved_by(build)
     assert kept and not any(t.is_floating_point() for t in kept), [t.dtype for t in kept]
+    if source == "list" and gpu_kernels:
+        return  # keeps a form of its own: see the next test
     count = mapping.shape[1]
     sizes = [tuple(t.shape) for t in kept]
     assert sizes.count((2, count)) == 1
     assert sizes.count((count, 3)) == (1 if wanted[1] else 0), "shifts are for the gradient of the cell alone"
     assert len(kept) <= (3 if wanted[1] else 1)
+
+
+@wanted_inputs
+@pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
+def test_what_is_saved_besides_inputs_and_outputs(full, wanted, device, gpu_kernels):
+    """Nothing by the CPU backend; on a GPU at most 8 bytes a pair, and a few an atom."""
+    arguments = system(device, *wanted, name="bulk")
+    lists = []
+
+    def build():
+        lists.append(find(arguments, full=full))
+        return lists[0].vectors
+
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved_by(build)}
+    (pairs,) = lists
+    known = {t.untyped_storage().data_ptr() for t in (*arguments, *pairs) if t is not None}
+    extra = sum(size for pointer, size in kept.items() if pointer not in known)
+    assert extra <= (8 * pairs.mapping.shape[1] + 64 * len(arguments[0]) if gpu_kernels else 0)
 
 
 def test_nothing_is_saved_without_a_gradient(device):
@@ -196,7 +216,8 @@ def test_a_list_found_without_gradients_serves_later_ones(device):
     again = diffnl.pair_vectors(positions, cell, mapping, shifts, system_idx)
     ours = torch.autograd.grad(again.square().sum(), (positions, cell))
     expected = torch.autograd.grad(find(arguments).vectors.square().sum(), (positions, cell))
-    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(ours, expected, strict=True))
+    # Not by their bits: a search may have kept a form of the list that adds up in another order.
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_retain_graph_and_its_absence(device):
@@ -257,7 +278,7 @@ def test_a_gradient_of_the_list_does_not_reach_through_detach(device):
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
 @pytest.mark.parametrize("shuffle", [False, True], ids=["as_listed", "any_order"])
-def test_adjoint_has_the_same_bits_on_any_number_of_threads(shuffle, full, dtype, threads):
+def test_adjoint_has_the_same_bits_on_any_number_of_threads(shuffle, full, dtype, threads, cpu_backend):
     cell = tensor(cubic(24.0)).to(dtype).requires_grad_()
     positions = scatter(1400, cubic(24.0), 61).to(dtype).requires_grad_()
     mapping, shifts, _ = diffnl.neighbor_pairs(positions, cell, True, 5.0, full=full)
@@ -273,7 +294,7 @@ def test_adjoint_has_the_same_bits_on_any_number_of_threads(shuffle, full, dtype
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(result, results[0], strict=True))
 
 
-def test_adjoint_of_many_systems_has_the_same_bits_on_any_number_of_threads(dtype, threads):
+def test_adjoint_of_many_systems_has_the_same_bits_on_any_number_of_threads(dtype, threads, cpu_backend):
     generator = torch.Generator().manual_seed(63)
     owner = torch.randint(0, 300, (3000,), generator=generator)
     cell = (6 * torch.eye(3, dtype=dtype)).repeat(300, 1, 1).requires_grad_()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from compare import assert_same_bits, bits
+from compare import assert_equal_bits, assert_same_bits
 from systems import SYSTEMS, cubic, scatter, tensor
 
 import diffnl
@@ -48,22 +48,22 @@ def test_dataloader_workers(method, threads):
     assert seen == names
 
 
-def test_several_python_threads_at_once():
+def test_several_python_threads_at_once(device):
     layer = diffnl.NeighborList(4.0)
     names = [name for name in SYSTEMS if not name.startswith("one_atom")] * 4
-    arguments = [SYSTEMS[name].arguments() for name in names]
+    arguments = [SYSTEMS[name].arguments(device=device) for name in names]
     expected = [layer(*a) for a in arguments]
     with ThreadPoolExecutor(8) as pool:
         for ours, theirs in zip(pool.map(lambda a: layer(*a), arguments), expected, strict=True):
             assert_same_bits(ours, theirs)
 
 
-def test_backward_in_several_python_threads_at_once():
+def test_backward_in_several_python_threads_at_once(device):
     layer = diffnl.NeighborList(5.0)
 
     def gradients(seed):
-        positions = scatter(300, cubic(14.0), seed).requires_grad_()
-        cell = tensor(cubic(14.0)).requires_grad_()
+        positions = scatter(300, cubic(14.0), seed).to(device).requires_grad_()
+        cell = tensor(cubic(14.0)).to(device).requires_grad_()
         energy = layer(positions, cell, True).vectors.pow(3).sum()
         first = torch.autograd.grad(energy, (positions, cell), create_graph=True)
         return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (positions, cell))
@@ -71,11 +71,11 @@ def test_backward_in_several_python_threads_at_once():
     expected = [gradients(seed) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
         for ours, theirs in zip(pool.map(gradients, range(8)), expected, strict=True):
-            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(ours, theirs, strict=True))
+            assert_equal_bits(ours, theirs)
 
 
-def test_errors_in_one_thread_do_not_reach_another():
-    good = torch.rand(50, 3, generator=torch.Generator().manual_seed(91))
+def test_errors_in_one_thread_do_not_reach_another(device):
+    good = torch.rand(50, 3, generator=torch.Generator().manual_seed(91)).to(device)
     bad = good.clone()
     bad[17] = float("nan")
     expected = diffnl.neighbor_pairs(good, None, None, 0.5)
@@ -112,8 +112,8 @@ def test_pickle_and_deepcopy_of_the_layer():
         assert_same_bits(other(*arguments), layer(*arguments))
 
 
-def test_pickle_and_deepcopy_of_pairs():
-    pairs = diffnl.NeighborList(3.7)(*SYSTEMS["triclinic"].arguments())
+def test_pickle_and_deepcopy_of_pairs(device):
+    pairs = diffnl.NeighborList(3.7)(*SYSTEMS["triclinic"].arguments(device=device))
     for other in (copy.deepcopy(pairs), pickle.loads(pickle.dumps(pairs))):
         assert type(other) is diffnl.Pairs
         assert_same_bits(other, pairs)

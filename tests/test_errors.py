@@ -36,6 +36,14 @@ def raises(error, text, function=call, **arguments):
     assert re.search(pattern, str(caught.value), re.DOTALL), str(caught.value)
 
 
+def on(device, arguments):
+    """Arguments with their tensors on `device`."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
 SHAPES = {
     "positions_flat": (dict(positions=torch.zeros(6)), ["`positions`", "(N, 3)", "(6,)"]),
     "positions_four_columns": (dict(positions=torch.zeros(2, 4)), ["`positions`", "(N, 3)", "(2, 4)"]),
@@ -173,21 +181,47 @@ VALUES = {
 }
 
 
+VALID = dict(positions=R, cell=H, pbc=True, cutoff=2.0, system_idx=None)
+
+
 @pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("search", ["compiled", "oracle"])
-def test_values(search, name):
+def test_values(search, name, device):
     arguments, text = VALUES[name]
-    values = dict(positions=R, cell=H, pbc=True, cutoff=2.0, system_idx=None) | arguments
     function = diffnl.neighbor_pairs if search == "compiled" else diffnl.reference.neighbor_pairs
-    raises(ValueError, text, function, **values)
+    raises(ValueError, text, function, **on(device, VALID | arguments))
 
 
-def test_an_error_leaves_the_next_call_intact():
-    expected = call()
+@pytest.mark.parametrize("name", VALUES)
+def test_values_with_gradients(name, device):
+    """Tensors that require a gradient, as a model has them, take another way into the search."""
+    arguments, text = VALUES[name]
+    values = on(device, VALID | arguments)
+    for key in ("positions", "cell"):
+        values[key] = values[key] if values[key] is None else values[key].clone().requires_grad_()
+    raises(ValueError, text, diffnl.neighbor_pairs, **values)
+
+
+def test_the_first_bad_atom_of_many_is_named(dtype, device):
+    positions = torch.zeros(100_000, 3, dtype=dtype)
+    positions[:, 0] = torch.arange(100_000)
+    positions[[99_999, 4321, 70_000], [0, 1, 2]] = NAN
+    raises(
+        ValueError,
+        ["`positions`", "nan", "atom 4321"],
+        call,
+        positions=positions.to(device),
+        cell=None,
+        pbc=None,
+    )
+
+
+def test_an_error_leaves_the_next_call_intact(device):
+    expected = call(**on(device, VALID))
     for arguments, _ in VALUES.values():
         with pytest.raises(ValueError):
-            call(**arguments)
-        assert_same_bits(call(), expected)
+            call(**on(device, VALID | arguments))
+        assert_same_bits(call(**on(device, VALID)), expected)
 
 
 OTHER_DEVICE = {
@@ -226,16 +260,6 @@ BAD_LISTS = {
     "mapping_rows": (dict(mapping=torch.zeros(3, 2).long()), ValueError, ["`mapping`", "(2, P)", "(3, 2)"]),
     "mapping_dtype": (dict(mapping=torch.zeros(2, 2)), TypeError, ["`mapping`", "integer", "torch.float32"]),
     "mapping_type": (dict(mapping=[[0], [1]]), TypeError, ["`mapping`", "Tensor", "list"]),
-    "mapping_large": (
-        dict(mapping=torch.tensor([[0, 1], [1, 3]])),
-        ValueError,
-        ["`mapping`", "[0, 3)", "3", "pair 1"],
-    ),
-    "mapping_negative": (
-        dict(mapping=torch.tensor([[-1, 1], [1, 2]])),
-        ValueError,
-        ["`mapping`", "[0, 3)", "-1", "pair 0"],
-    ),
     "shifts_shape": (
         dict(shifts=torch.zeros(3, 3).int()),
         ValueError,
@@ -253,23 +277,93 @@ BAD_LISTS = {
         ["`positions`", "float32 or float64", "torch.float16"],
     ),
     "cell_dtype": (dict(cell=H.double()), TypeError, ["`cell`", "torch.float32", "torch.float64"]),
-    "system_idx_large": (
-        dict(cell=BATCH, system_idx=changed(INDEX, 1, 2)),
-        ValueError,
-        ["`system_idx`", "[0, 2)", "2", "atom 1"],
-    ),
     "system_idx_missing": (dict(cell=BATCH), ValueError, ["`system_idx`", "2 cells", "None"]),
 }
 
 
 @pytest.mark.parametrize("name", BAD_LISTS)
-def test_pair_vectors(name):
+def test_pair_vectors(name, device):
     arguments, error, text = BAD_LISTS[name]
-    raises(error, text, diffnl.pair_vectors, **LIST | arguments)
+    raises(error, text, diffnl.pair_vectors, **on(device, LIST | arguments))
 
 
-def energy_inputs():
-    r, h = R.clone().requires_grad_(), H.clone().requires_grad_()
+BATCH_LIST = dict(cell=BATCH, system_idx=INDEX)
+OUT_OF_RANGE = {
+    "mapping_large": (dict(mapping=torch.tensor([[0, 1], [1, 3]])), ["`mapping`", "[0, 3)", "3", "pair 1"]),
+    "mapping_negative": (
+        dict(mapping=torch.tensor([[-1, 1], [1, 2]])),
+        ["`mapping`", "[0, 3)", "-1", "pair 0"],
+    ),
+    "mapping_huge": (
+        dict(mapping=torch.tensor([[0, 1], [1, 2**62]])),
+        ["`mapping`", "[0, 3)", str(2**62), "pair 1"],
+    ),
+    "mapping_beyond_int32": (
+        dict(mapping=torch.tensor([[0, 2**32 + 1], [1, 2]])),
+        ["`mapping`", "[0, 3)", str(2**32 + 1), "pair 1"],
+    ),
+    "mapping_large_of_a_batch": (
+        BATCH_LIST | dict(mapping=torch.tensor([[0, 3], [1, 2]])),
+        ["`mapping`", "[0, 3)", "3", "pair 1"],
+    ),
+    "system_idx_large": (
+        dict(cell=BATCH, system_idx=changed(INDEX, 1, 2)),
+        ["`system_idx`", "[0, 2)", "2", "atom 1"],
+    ),
+    "system_idx_negative": (
+        dict(cell=BATCH, system_idx=changed(INDEX, 1, -1)),
+        ["`system_idx`", "[0, 2)", "-1", "atom 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_pair_vectors_out_of_range(name, device, gpu_kernels):
+    """An error; but on a GPU, where nobody waits for the kernel that could raise it, vectors that are NaN."""
+    arguments, text = OUT_OF_RANGE[name]
+    values = on(device, LIST | arguments)
+    if not gpu_kernels:
+        raises(ValueError, text, diffnl.pair_vectors, **values)
+        return
+    bad = out_of_range(**values)
+    vectors = diffnl.pair_vectors(**values)
+    assert bad.any() and not bad.all()
+    assert vectors[bad].isnan().all() and vectors[~bad].isfinite().all()
+
+
+def out_of_range(positions, cell, mapping, shifts, system_idx=None):
+    """(P,) whether a pair leads outside the tensors."""
+    inside = (mapping >= 0) & (mapping < len(positions))
+    if system_idx is not None:
+        owner = system_idx[mapping[0].clamp(0, len(positions) - 1)]
+        inside = inside & (owner >= 0) & (owner < len(cell))
+    return ~inside.all(0)
+
+
+@pytest.mark.parametrize("cell_grad", [False, True])
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_the_backward_of_a_list_out_of_range(name, cell_grad, device, gpu_kernels):
+    """Nothing is read or written elsewhere, and atoms that no bad pair names get their gradients."""
+    if not gpu_kernels:
+        pytest.skip("on the CPU such a list has no vectors to go back from")
+    values = on(device, LIST | OUT_OF_RANGE[name][0])
+    wanted = ["positions", "cell"] if cell_grad else ["positions"]
+    for key in wanted:
+        values[key] = values[key].clone().requires_grad_()
+    vectors = diffnl.pair_vectors(**values)
+    gradients = torch.autograd.grad(vectors, [values[key] for key in wanted], torch.ones_like(vectors))
+    assert [g.shape for g in gradients] == [values[key].shape for key in wanted]
+    bad, mapping = out_of_range(**values), values["mapping"]
+    expected = torch.zeros_like(values["positions"]).detach()
+    for row, sign in ((1, 1.0), (0, -1.0)):
+        expected.index_add_(0, mapping[row, ~bad], torch.full_like(vectors[~bad], sign).detach())
+    named = set(mapping[:, bad].flatten().tolist())
+    others = [k for k in range(len(expected)) if k not in named]
+    assert others and torch.equal(gradients[0][others], expected[others])
+
+
+def energy_inputs(device):
+    r, h = R.to(device, copy=True).requires_grad_(), H.to(device, copy=True).requires_grad_()
     return dict(energy=call(positions=r, cell=h).vectors.square().sum(), positions=r, cell=h)
 
 
@@ -306,9 +400,9 @@ BAD_ENERGIES = {
 
 
 @pytest.mark.parametrize("name", BAD_ENERGIES)
-def test_forces_and_stress(name):
+def test_forces_and_stress(name, device):
     arguments, error, text = BAD_ENERGIES[name]
-    raises(error, text, diffnl.forces_and_stress, **energy_inputs() | arguments)
+    raises(error, text, diffnl.forces_and_stress, **energy_inputs(device) | on(device, arguments))
 
 
 STRAINED = dict(positions=R, cell=H, strain=0 * H)
@@ -334,9 +428,9 @@ BAD_STRAINS = {
 
 
 @pytest.mark.parametrize("name", BAD_STRAINS)
-def test_strained(name):
+def test_strained(name, device):
     arguments, error, text = BAD_STRAINS[name]
-    raises(error, text, diffnl.strained, **STRAINED | arguments)
+    raises(error, text, diffnl.strained, **on(device, STRAINED | arguments))
 
 
 # ----- memory ----------------------------------------------------------------------------------------------
@@ -360,7 +454,7 @@ print("state intact")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a Linux process")
-def test_more_pairs_than_memory_holds():
+def test_more_pairs_than_memory_holds(cpu_backend):
     script = subprocess.run([sys.executable, "-c", TOO_MANY], capture_output=True, text=True, timeout=120)
     assert script.returncode == 0, script.stderr
     assert script.stdout.count("can't allocate memory") == 2, script.stdout
@@ -368,7 +462,7 @@ def test_more_pairs_than_memory_holds():
 
 
 @pytest.mark.skipif(MEMORY > 64e9, reason="counts as many pairs as this machine's memory holds")
-def test_far_more_pairs_than_any_memory_holds():
+def test_far_more_pairs_than_any_memory_holds(cpu_backend):
     """A cutoff in the wrong unit: the error comes without counting 4e18 pairs first."""
     with pytest.raises((RuntimeError, torch.OutOfMemoryError), match="memory"):
         call(positions=R.double(), cell=1e-2 * H.double(), cutoff=4e4)

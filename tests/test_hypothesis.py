@@ -4,17 +4,15 @@ The gate of 20,000 examples, each in float32 and in float64:
 
     HYPOTHESIS_PROFILE=thorough pytest tests/test_hypothesis.py
 
-It takes about 6 minutes of one core. The default profile draws 300. A failure prints its example.
+It takes about 6 minutes of one core. The default profile draws 300, quick 60. A failure prints its example.
 """
 
 import itertools
 import math
-import re
 
 import numpy as np
-import pytest
 import torch
-from compare import assert_list_equals_reference, assert_same_bits, bits, canonical
+from compare import assert_adjoint, assert_list_equals, assert_same_bits, bits, canonical
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -111,26 +109,68 @@ def inputs(draw):
     return positions, cell, pbc, cutoff, owner
 
 
-@given(drawn=inputs(), full=st.booleans())
-def test_list_equals_reference_bit_for_bit(drawn, full):
+def in_dtype(drawn, dtype):
+    """A drawn input of its own in a dtype."""
     positions, cell, pbc, cutoff, system_idx = drawn
+    return positions.to(dtype, copy=True), cell.to(dtype, copy=True), pbc, cutoff, system_idx
+
+
+def on_device(device, values):
+    return tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in values)
+
+
+def attempt(search, positions, cell, pbc, cutoff, system_idx, full):
+    """(pairs, "") or (None, what the search refuses)."""
+    try:
+        return search(positions, cell, pbc, cutoff, system_idx, full=full, sorted=True), ""
+    except ValueError as refusal:
+        return None, str(refusal)
+
+
+@given(drawn=inputs(), full=st.booleans())
+def test_list_equals_reference_bit_for_bit(drawn, full, device):
     for dtype in (torch.float32, torch.float64):
-        arguments = (positions.to(dtype), cell.to(dtype), pbc, system_idx)
-        try:
-            pairs = assert_list_equals_reference(arguments, cutoff, full)
-        except ValueError as refusal:  # few cells are so thin and lean so far that a dtype cannot hold them
+        r, h, pbc, cutoff, system_idx = in_dtype(drawn, dtype)
+        positions, cell, flags, _, owner = on_device(device, (r, h, pbc, cutoff, system_idx))
+        expected, refusal = attempt(diffnl.reference.neighbor_pairs, r, h, pbc, cutoff, system_idx, full)
+        _, our_refusal = attempt(diffnl.neighbor_pairs, positions, cell, flags, cutoff, owner, full)
+        if refusal or our_refusal:  # few cells are so thin and lean so far that a dtype cannot hold them
             event(f"refused in {dtype}")
-            with pytest.raises(ValueError, match=re.escape(str(refusal))):
-                diffnl.neighbor_pairs(arguments[0], arguments[1], pbc, cutoff, system_idx)
+            # Whether images blur is a matter of more or less: at the edge, rounding decides on either side.
+            blurred = "can tell periodic images apart" in refusal + our_refusal
+            assert refusal == our_refusal or blurred and "" in (refusal, our_refusal)
         else:
-            again = diffnl.pair_vectors(arguments[0], arguments[1], pairs.mapping, pairs.shifts, system_idx)
+            pairs = assert_list_equals(expected, (positions, cell, flags, owner), cutoff, full)
+            again = diffnl.pair_vectors(positions, cell, pairs.mapping, pairs.shifts, owner)
             assert torch.equal(bits(again), bits(pairs.vectors))
 
 
 @A_TENTH
+@given(drawn=inputs(), full=st.booleans(), seed=st.integers(0, 9))
+def test_gradients_follow_the_formula(drawn, full, seed, device):
+    """Of the search, and of a list in another order, against the sums of the contract."""
+    for dtype in (torch.float32, torch.float64):
+        positions, cell, pbc, cutoff, owner = on_device(device, in_dtype(drawn, dtype))
+        leaves = positions.requires_grad_(), cell.requires_grad_()
+        sizes = len(positions), cell.numel() // 9
+        try:
+            mapping, shifts, vectors = diffnl.neighbor_pairs(*leaves, pbc, cutoff, owner, full=full)
+        except ValueError:
+            event(f"refused in {dtype}")
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        g = torch.randn(vectors.shape, generator=generator, dtype=dtype).to(device)
+        assert_adjoint(torch.autograd.grad(vectors, leaves, g), g, mapping, shifts, owner, *sizes)
+        shuffled = torch.randperm(len(g), generator=generator).to(device)
+        mapping, shifts = mapping[:, shuffled], shifts[shuffled]
+        again = diffnl.pair_vectors(*leaves, mapping, shifts, owner)
+        assert_adjoint(torch.autograd.grad(again, leaves, g), g, mapping, shifts, owner, *sizes)
+
+
+@A_TENTH
 @given(drawn=inputs())
-def test_full_list_is_the_half_list_and_its_mirror(drawn):
-    positions, cell, pbc, cutoff, system_idx = drawn
+def test_full_list_is_the_half_list_and_its_mirror(drawn, device):
+    positions, cell, pbc, cutoff, system_idx = on_device(device, drawn)
     half = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, system_idx, full=False)
     full = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, system_idx, sorted=True)
     both = diffnl.Pairs(
@@ -149,7 +189,7 @@ def test_full_list_is_the_half_list_and_its_mirror(drawn):
     squared=st.integers(1, 30),
     pbc=st.tuples(*[st.booleans()] * 3),
 )
-def test_lattice_points_at_the_cutoff_are_not_pairs(points, box, squared, pbc):
+def test_lattice_points_at_the_cutoff_are_not_pairs(points, box, squared, pbc, device):
     """On integer points d2 is exact in every dtype: the list must be the integers' own."""
     expected = integer_pairs(points, box, squared, pbc)
     # d2 < squared is d2 < squared - 1/2 for integers, and no rounding reaches that; a whole root is exact.
@@ -157,8 +197,8 @@ def test_lattice_points_at_the_cutoff_are_not_pairs(points, box, squared, pbc):
     if math.isqrt(squared) ** 2 == squared:
         cutoffs.append(math.isqrt(squared))
     for dtype in (torch.float32, torch.float64):
-        positions = torch.tensor(points, dtype=dtype).reshape(-1, 3)
-        cell = torch.diag(torch.tensor(box, dtype=dtype))
+        positions = torch.tensor(points, dtype=dtype, device=device).reshape(-1, 3)
+        cell = torch.diag(torch.tensor(box, dtype=dtype, device=device))
         for cutoff in cutoffs:
             pairs = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, sorted=True)
             assert torch.cat([pairs.mapping.T, pairs.shifts], dim=1).tolist() == expected

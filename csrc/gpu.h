@@ -1,0 +1,189 @@
+// What differs between AMD, NVIDIA and the host shim of the tests, and what the kernels share: launching, waves,
+// sums over a block. Nothing here or in the kernels assumes a wave width.
+#pragma once
+
+#if defined(__CUDACC__)
+#include "hip_on_cuda.h"
+#else
+#include <hip/hip_runtime.h>
+#endif
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "pair_geometry.h"
+
+namespace diffnl {
+
+// ------------------------------------------------------------------------------------------ vendors
+
+#if defined(DIFFNL_HOSTGPU)
+#define DIFFNL_UNROLL(count)
+#else
+#define DIFFNL_PRAGMA(text) _Pragma(#text)
+#define DIFFNL_UNROLL(count) DIFFNL_PRAGMA(unroll count)
+#endif
+
+// Threads of a wave, known to the compiler: CUDA's warpSize is not.
+__device__ inline constexpr int wave_width() {
+#if defined(__CUDACC__)
+  return 32;
+#else
+  return warpSize;
+#endif
+}
+
+// Bit l: the predicate of lane l. All lanes of the wave call it.
+__device__ inline uint64_t wave_ballot(bool predicate) {
+#if defined(__CUDACC__)
+  return __ballot_sync(0xffffffffu, predicate);
+#else
+  return __ballot(predicate);
+#endif
+}
+
+// Makes what the lanes of a wave wrote to shared memory visible to each other.
+__device__ inline void wave_sync() {
+#if defined(__CUDACC__)
+  __syncwarp();
+#elif defined(DIFFNL_HOSTGPU)
+  hostgpu::wave_sync();
+#else
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+#endif
+}
+
+// The value of the lane whose number differs in the bits of `mask`, which stay below `width`.
+template <typename T>
+__device__ inline T lane_xor(T value, int mask, int width) {
+#if defined(__CUDACC__)
+  return __shfl_xor_sync(0xffffffffu, value, mask, width);
+#else
+  return __shfl_xor(value, mask, width);
+#endif
+}
+
+// The value of the lane `distance` below, or the own one where there is none.
+template <typename T>
+__device__ inline T lane_below(T value, int distance) {
+#if defined(__CUDACC__)
+  return __shfl_up_sync(0xffffffffu, value, distance);
+#else
+  return __shfl_up(value, distance, wave_width());
+#endif
+}
+
+template <typename T>
+__device__ inline T lane_value(T value, int lane) {
+#if defined(__CUDACC__)
+  return __shfl_sync(0xffffffffu, value, lane);
+#else
+  return __shfl(value, lane, wave_width());
+#endif
+}
+
+__device__ inline int lane_of_thread() { return static_cast<int>(threadIdx.x) % wave_width(); }
+__device__ inline int wave_of_thread() { return static_cast<int>(threadIdx.x) / wave_width(); }
+
+// ---------------------------------------------------------------------------------------- launching
+
+constexpr int kThreads = 256;  // a block of the kernels that have no reason for another number
+
+inline void check_launch(const char* kernel) {
+  const hipError_t error = hipGetLastError();
+  if (error != hipSuccess)
+    throw std::runtime_error(std::string("diffnl: the kernel `") + kernel +
+                             "` could not be launched: " + hipGetErrorString(error));
+}
+
+inline void check_call(hipError_t error, const char* what) {
+  if (error != hipSuccess)
+    throw std::runtime_error(std::string("diffnl: ") + what + " failed: " + hipGetErrorString(error));
+}
+
+// A macro, because the message names the kernel. A kernel with two template arguments comes in parentheses.
+#define DIFFNL_LAUNCH(kernel, blocks, threads, stream, ...)                           \
+  do {                                                                                \
+    hipLaunchKernelGGL(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, \
+                       static_cast<hipStream_t>(stream), __VA_ARGS__);                \
+    check_launch(#kernel);                                                            \
+  } while (false)
+
+inline int64_t blocks_for(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// ------------------------------------------------------------------------------------- whole blocks
+
+// Narrowest wave there is: bounds the number of waves in a block at compile time.
+constexpr int kNarrowestWave = 32;
+
+// Exclusive sum over the threads of a block, in order; `total` gets the sum. `kThreads` is the size of the block.
+template <int kThreads, typename T>
+__device__ inline T block_exclusive_sum(T value, T& total) {
+  __shared__ T sum_of_wave[kThreads / kNarrowestWave];
+  T sum = value;
+  for (int distance = 1; distance < wave_width(); distance *= 2) {
+    const T below = lane_below(sum, distance);
+    if (lane_of_thread() >= distance) sum += below;
+  }
+  if (lane_of_thread() == wave_width() - 1) sum_of_wave[wave_of_thread()] = sum;
+  __syncthreads();
+  T before = 0;
+  total = 0;
+  for (int wave = 0; wave < kThreads / wave_width(); ++wave) {
+    if (wave < wave_of_thread()) before += sum_of_wave[wave];
+    total += sum_of_wave[wave];
+  }
+  __syncthreads();
+  return before + sum - value;
+}
+
+// combine(a, b) over all threads of a block, in an order that depends on kThreads alone, not on the width of a
+// wave. The result is there in thread 0.
+template <int kThreads, typename T, typename Combine>
+__device__ inline T block_reduce(T value, const Combine& combine) {
+  __shared__ T of_wave[kThreads / kNarrowestWave];
+  for (int mask = 1; mask < kNarrowestWave; mask *= 2)
+    value = combine(value, lane_xor(value, mask, kNarrowestWave));
+  const int part = static_cast<int>(threadIdx.x) / kNarrowestWave;
+  if (static_cast<int>(threadIdx.x) % kNarrowestWave == 0) of_wave[part] = value;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int other = 1; other < kThreads / kNarrowestWave; ++other) value = combine(value, of_wave[other]);
+  __syncthreads();
+  return value;
+}
+
+// ------------------------------------------------------------------------------------------ memory
+
+// Writes the triples of the first `count` lanes of a wave to out[0 .. 3 count). Through shared memory, so that the
+// lanes write consecutive words; `stage` holds 3 words a lane of this wave. All lanes call it.
+template <typename W>
+__device__ inline void store_triples(W* out, int count, W x, W y, W z, W* stage) {
+  const int lane = lane_of_thread();
+  stage[3 * lane] = x;
+  stage[3 * lane + 1] = y;
+  stage[3 * lane + 2] = z;
+  wave_sync();
+  DIFFNL_UNROLL(3)
+  for (int k = 0; k < 3; ++k) {
+    const int word = lane + k * wave_width();
+    if (word < 3 * count) out[word] = stage[word];
+  }
+  wave_sync();
+}
+
+template <typename T>
+__device__ inline Vec3<T> load_triple(const T* from) {
+  return {from[0], from[1], from[2]};
+}
+
+template <typename T>
+__device__ inline Vec3<T> translation(const T* h, T s0, T s1, T s2) {
+  return {cell_translation(s0, s1, s2, h, 0), cell_translation(s0, s1, s2, h, 1),
+          cell_translation(s0, s1, s2, h, 2)};
+}
+
+}  // namespace diffnl

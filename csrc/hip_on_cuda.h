@@ -1,0 +1,24 @@
+// HIP's names on CUDA, for the few that the kernels and their launchers use.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#define hipDeviceAttributeMultiprocessorCount cudaDevAttrMultiProcessorCount
+#define hipDeviceGetAttribute cudaDeviceGetAttribute
+#define hipError_t cudaError_t
+#define hipGetDevice cudaGetDevice
+#define hipGetErrorString cudaGetErrorString
+#define hipGetLastError cudaGetLastError
+#define hipHostMalloc cudaHostAlloc
+#define hipHostMallocMapped cudaHostAllocMapped
+#define hipHostMallocPortable cudaHostAllocPortable
+#define hipMemGetInfo cudaMemGetInfo
+#define hipMemcpyAsync cudaMemcpyAsync
+#define hipMemcpyDeviceToDevice cudaMemcpyDeviceToDevice
+#define hipMemcpyDeviceToHost cudaMemcpyDeviceToHost
+#define hipMemsetAsync cudaMemsetAsync
+#define hipStreamSynchronize cudaStreamSynchronize
+#define hipStream_t cudaStream_t
+#define hipSuccess cudaSuccess
+#define hipLaunchKernelGGL(kernel, grid, block, shared, stream, ...) \
+  kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)

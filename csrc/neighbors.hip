@@ -1,0 +1,301 @@
+// The search on a GPU: two sinks of the traversal in traverse_gpu.h.
+//
+// Count: the bits of one candidate are its own row's pairs with the home bin. Their number is added to its row,
+// and kept in `segments`, one entry for each (bin of the stencil, atom). Fill: the bit matrix is turned, 32 x 32
+// bits at a time, and waves write its columns as rows of the list.
+//
+// Links (neighbors_gpu.h): the rank of the reverse pair (c, home, -S) in row c is the number of pairs of row c in
+// earlier bins of its stencil, which is an exclusive sum over its segments, plus the number of bits below in its
+// word.
+
+#include "traverse_gpu.h"
+
+namespace diffnl {
+
+namespace {
+
+// The words of a bin are kept where there is room for them and one word holds all its home atoms.
+template <typename T>
+__device__ inline bool keeps_hits(const Home<T>& home) {
+  return home.segment_base >= 0 && home.size <= kHome;
+}
+
+template <typename T>
+struct CountSink {
+  const GpuSearch<T>& s;
+  Home<T>& home;
+  Candidates& near;
+  unsigned long long found;
+
+  __device__ void begin(int t, uint32_t, int64_t) { near.rank[t] = 0; }
+  __device__ void take(int t, int size, uint32_t first_home, int count) {
+    if (t >= size) return;
+    const uint32_t hits = find_hits(s, home, near, t, first_home, count);
+    near.hits[t] = hits;
+    // Of (home, candidate) and (candidate, home) a half list keeps one.
+    near.rank[t] += __popc(s.full ? hits : hits & ~kept_in_half(home, hits, load_candidate(s, near, t)));
+  }
+  __device__ void write(uint32_t, int, int) {}
+  __device__ void end(int t, uint32_t c, int64_t n) {
+    const uint32_t count = near.rank[t];
+    found += count;
+    if (count > 0) atomicAdd(&s.row_counts[s.atoms[c].index], count);
+    if (home.segment_base < 0) return;
+    const int64_t at = segment_at(home, c, opposite(home, n));
+    if (keeps_hits(home)) s.hits[at] = near.hits[t];
+    // A count that does not fit belongs to a row that no Link can hold.
+    if (s.segments != nullptr) s.segments[at] = static_cast<uint16_t>(count);
+  }
+  // Stops a count that has already found more pairs than memory could hold: a cutoff given in the wrong unit would
+  // otherwise count for hours before it fails. Only wide stencils and crowded bins can do that.
+  __device__ bool too_many() {
+    if (found > 0) {
+      const unsigned long long before = atomicAdd(&s.state->num_counted, found);
+      if (before + found > static_cast<unsigned long long>(s.most_pairs)) s.state->abandoned = 1;
+      found = 0;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) home.abandoned = *static_cast<volatile unsigned*>(&s.state->abandoned) != 0;
+    __syncthreads();
+    return home.abandoned;
+  }
+};
+
+template <typename T>
+__global__ __launch_bounds__(kSearchThreads) void count_bins(GpuSearch<T> s) {
+  __shared__ Home<T> home;
+  __shared__ Candidates near;
+  if (s.state->fault != 0) return;
+  CountSink<T> sink{s, home, near, 0};
+  const uint32_t num_bins = s.state->num_bins;
+  for (uint32_t b = blockIdx.x; b < num_bins; b += gridDim.x) {
+    traverse_bin(s, s.bins[b], home, near, sink);
+    if (home.abandoned) return;
+  }
+}
+
+// Turns the segments of each atom into the number of pairs in the segments before.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void sum_segments(GpuSearch<T> s) {
+  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= s.num_atoms) return;
+  const GpuSystem& system = s.systems[s.places[c].system];
+  const int64_t stride = system.num_atoms, stencil = system.stencil;
+  uint16_t* segments = s.segments + system.segment_base + (c - system.first_atom);
+  uint32_t before = 0;
+  constexpr int kBatch = 27;  // that are read before the first is written
+  for (int64_t n0 = 0; n0 < stencil; n0 += kBatch) {
+    uint32_t counts[kBatch];
+    DIFFNL_UNROLL(kBatch)
+    for (int n = 0; n < kBatch; ++n) counts[n] = n0 + n < stencil ? segments[(n0 + n) * stride] : 0;
+    DIFFNL_UNROLL(kBatch)
+    for (int n = 0; n < kBatch; ++n) {
+      if (n0 + n < stencil) segments[(n0 + n) * stride] = static_cast<uint16_t>(before);
+      before += counts[n];
+    }
+  }
+}
+
+template <typename T>
+__device__ inline void tell_host(const GpuSearch<T>& s, int64_t num_pairs) {
+  Summary& out = *s.summary;
+  out.num_pairs = num_pairs;
+  out.fault = s.state->fault == 0 ? 0 : ~static_cast<uint64_t>(s.state->fault);
+  if (s.state->abandoned != 0 && out.fault == 0) {
+    out.fault = static_cast<uint64_t>(Fault::out_of_memory) << 56;
+    out.num_pairs = static_cast<int64_t>(s.state->num_counted);
+  }
+  out.num_bins = s.state->num_bins;
+  out.longest_row = s.state->longest_row;
+  out.linkable = s.state->unlinkable == 0 && s.state->longest_row < Link::kLongestRow;
+  __threadfence_system();
+}
+
+template <typename T>
+__global__ void write_summary(GpuSearch<T> s) {
+  tell_host(s, s.num_atoms > 0 ? s.offsets[s.num_atoms] : 0);
+}
+
+// What the fill shares beyond the traversal.
+template <typename T>
+struct Rows {
+  uint32_t hits[kHome]
+               [kTile / 32 + 1];  // bit b of word g: candidate 32 g + b is a neighbour; one to spare for banks
+  uint16_t queue[kSearchThreads / kNarrowestWave][kTile];  // of a wave: the candidates in its row
+  int32_t shift_stage[3 * kSearchThreads];
+  T vector_stage[3 * kSearchThreads];
+};
+
+template <typename T>
+struct FillSink {
+  const GpuSearch<T>& s;
+  Home<T>& home;
+  Candidates& near;
+  Rows<T>& rows;
+  const GpuPairs<T>& out;
+
+  __device__ void begin(int t, uint32_t c, int64_t n) {
+    if (home.segment_base < 0) return;
+    const int64_t at = segment_at(home, c, opposite(home, n));
+    if (out.links != nullptr) near.rank[t] = s.segments[at];
+    if (keeps_hits(home)) near.hits[t] = s.hits[at];
+  }
+
+  // Turns the bits: lane a gets what 32 lanes have to say about home atom a.
+  __device__ void take(int t, int size, uint32_t first_home, int count) {
+    uint32_t hits = 0;
+    if (t < size) {
+      hits = keeps_hits(home) ? near.hits[t] : find_hits(s, home, near, t, first_home, count);
+      if (!s.full) hits = kept_in_half(home, hits, load_candidate(s, near, t));
+      near.hits[t] = hits;
+    }
+    const int lane = lane_of_thread(), half = lane / 32;
+    uint32_t word = 0;
+    DIFFNL_UNROLL(4)
+    for (int a = 0; a < count; ++a) {
+      const uint64_t votes = wave_ballot((hits >> a & 1) != 0);
+      if (lane % 32 == a) word = static_cast<uint32_t>(votes >> (32 * half));
+    }
+    rows.hits[lane % 32][(t - lane) / 32 + half] = word;
+  }
+  __device__ void end(int, uint32_t, int64_t) {}
+  __device__ bool too_many() { return false; }
+
+  // Writes `count` of the queue as pairs p, p + 1, ... of home atom a.
+  __device__ void emit(int a, int64_t p, const uint16_t* queue, int count) {
+    const int lane = lane_of_thread(), stage = 3 * (static_cast<int>(threadIdx.x) - lane);
+    int32_t s0 = 0, s1 = 0, s2 = 0;
+    Vec3<T> v{0, 0, 0};
+    if (lane < count) {
+      const int t = queue[lane];
+      const Candidate<T> j = load_candidate(s, near, t);
+      const SortedAtom<T> i = home.atom[a];
+      v = pair_vector<T>({i.x, i.y, i.z}, j.r, translation_of(home, a, j));
+      s0 = sum(j.image[0], home.w[a][0]);
+      s1 = sum(j.image[1], home.w[a][1]);
+      s2 = sum(j.image[2], home.w[a][2]);
+      out.mapping[p + lane] = i.index;
+      out.mapping[out.num_pairs + p + lane] = j.index;
+      if (out.links != nullptr) {
+        const uint32_t rank = near.rank[t] + __popc(near.hits[t] & ((1u << a) - 1));
+        out.links[p + lane] = Link::make(j.index, rank, s0, s1, s2);
+      }
+    }
+    store_triples(out.shifts + 3 * p, count, s0, s1, s2, rows.shift_stage + stage);
+    if (out.vectors != nullptr)
+      store_triples(out.vectors + 3 * p, count, v.x, v.y, v.z, rows.vector_stage + stage);
+  }
+
+  __device__ void write(uint32_t first_home, int count, int size) {
+    __syncthreads();
+    const int lane = lane_of_thread(), width = wave_width();
+    uint16_t* queue = rows.queue[wave_of_thread()];
+    for (int a = wave_of_thread(); a < count; a += kSearchThreads / width) {
+      // Each lane lists the candidates of its word, behind those of the lanes below.
+      uint32_t word = lane < (size + 31) / 32 ? rows.hits[a][lane] : 0;
+      int end = __popc(word);
+      for (int distance = 1; distance < width; distance *= 2) {
+        const int below = lane_below(end, distance);
+        if (lane >= distance) end += below;
+      }
+      const int found = lane_value(end, width - 1);
+      for (int at = end - __popc(word); word != 0; word &= word - 1)
+        queue[at++] = static_cast<uint16_t>(32 * lane + lowest_bit(word));
+      wave_sync();
+      const uint32_t sorted = home.first + first_home + a, placed = s.placed[sorted];
+      const int64_t p = s.offsets[home.atom[a].index] + placed;
+      for (int k = 0; k < found; k += width) emit(a, p + k, queue + k, std::min(found - k, width));
+      wave_sync();
+      if (lane == 0) s.placed[sorted] = placed + found;
+    }
+    __syncthreads();
+    if (out.links != nullptr)
+      for (int t = static_cast<int>(threadIdx.x); t < size; t += kSearchThreads)
+        near.rank[t] += __popc(near.hits[t]);
+  }
+};
+
+template <typename T>
+__global__ __launch_bounds__(kSearchThreads) void fill_bins(GpuSearch<T> s, GpuPairs<T> out) {
+  __shared__ Home<T> home;
+  __shared__ Candidates near;
+  __shared__ Rows<T> rows;
+  FillSink<T> sink{s, home, near, rows, out};
+  const uint32_t num_bins = s.state->num_bins;
+  for (uint32_t b = blockIdx.x; b < num_bins; b += gridDim.x) traverse_bin(s, s.bins[b], home, near, sink);
+}
+
+int num_multiprocessors() {
+  int device = 0, count = 0;
+  check_call(hipGetDevice(&device), "hipGetDevice");
+  check_call(hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, device),
+             "hipDeviceGetAttribute");
+  return count;
+}
+
+}  // namespace
+
+template <typename T>
+Summary count_pairs(const GpuSearch<T>& s, GpuStream stream) {
+  if (s.num_atoms > 0) {
+    // The number of bins is not known here: enough blocks to fill the device take them in turns.
+    const int64_t blocks = std::min<int64_t>(s.num_atoms, int64_t(num_multiprocessors()) * 32);
+    DIFFNL_LAUNCH(count_bins<T>, blocks, kSearchThreads, stream, s);
+    scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, &s.state->longest_row, stream);
+  }
+  DIFFNL_LAUNCH(write_summary<T>, 1, 1, stream, s);
+  check_call(hipStreamSynchronize(static_cast<hipStream_t>(stream)), "the search");
+  return *s.summary;
+}
+
+template <typename T>
+void fill_pairs(const GpuSearch<T>& s, const Summary& summary, const GpuPairs<T>& out, GpuStream stream) {
+  if (out.num_pairs == 0) return;
+  if (out.links != nullptr) DIFFNL_LAUNCH(sum_segments<T>, blocks_for(s.num_atoms, kThreads), kThreads, stream, s);
+  DIFFNL_LAUNCH(fill_bins<T>, summary.num_bins, kSearchThreads, stream, s, out);
+}
+
+template <typename T>
+int64_t pairs_in_device_memory() {
+  static thread_local int known_device = -1;
+  static thread_local size_t total = 0;
+  int device = 0;
+  check_call(hipGetDevice(&device), "hipGetDevice");
+  if (device != known_device) {
+    size_t free = 0;
+    check_call(hipMemGetInfo(&free, &total), "hipMemGetInfo");
+    known_device = device;
+  }
+  return static_cast<int64_t>(total / (28 + 3 * sizeof(T)));
+}
+
+int64_t read_from_device(const int64_t* at, GpuStream stream) {
+  int64_t value = 0;
+  const hipStream_t on = static_cast<hipStream_t>(stream);
+  check_call(hipMemcpyAsync(&value, at, sizeof value, hipMemcpyDeviceToHost, on), "hipMemcpyAsync");
+  check_call(hipStreamSynchronize(on), "hipStreamSynchronize");
+  return value;
+}
+
+void clear_on_device(void* memory, int64_t bytes, GpuStream stream) {
+  const hipStream_t on = static_cast<hipStream_t>(stream);
+  check_call(hipMemsetAsync(memory, 0, static_cast<size_t>(bytes), on), "hipMemsetAsync");
+}
+
+Summary* summary_of_thread() {
+  static thread_local void* memory = nullptr;
+  if (memory == nullptr)
+    check_call(hipHostMalloc(&memory, sizeof(Summary), hipHostMallocPortable | hipHostMallocMapped),
+               "hipHostMalloc");
+  return static_cast<Summary*>(memory);
+}
+
+#define DIFFNL_INSTANTIATE(T)                                                                   \
+  template Summary count_pairs(const GpuSearch<T>&, GpuStream);                                 \
+  template void fill_pairs(const GpuSearch<T>&, const Summary&, const GpuPairs<T>&, GpuStream); \
+  template int64_t pairs_in_device_memory<T>();
+DIFFNL_INSTANTIATE(float)
+DIFFNL_INSTANTIATE(double)
+#undef DIFFNL_INSTANTIATE
+
+}  // namespace diffnl

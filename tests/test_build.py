@@ -1,0 +1,270 @@
+"""How the extension is built: what setup.py chooses, what tools/check_hip.py makes of a compiler's output.
+
+The builds themselves are `make test`, `make hip` and `make hostgpu`.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIABLES = ["BACKEND", "SANITIZE", "WAVE"]
+ARCHITECTURES = ["TORCH_CUDA_ARCH_LIST", "PYTORCH_ROCM_ARCH"]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_diffnl", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """setup.py as a module, in the checkout, with no variable of ours set."""
+    pytest.importorskip("setuptools")
+    monkeypatch.chdir(ROOT)
+    for name in VARIABLES:
+        monkeypatch.delenv(f"DIFFNL_{name}", raising=False)
+    for name in ARCHITECTURES:
+        monkeypatch.setenv(name, "")  # set, so that what setup.py puts there is undone
+    return load(ROOT / "setup.py")
+
+
+@pytest.fixture(scope="module")
+def check_hip():
+    return load(ROOT / "tools" / "check_hip.py")
+
+
+def pretend(monkeypatch, setup, hip=None, cuda=None, rocm_home=None, cuda_home=None):
+    """Lets setup.py see another torch and other toolkits, and fail if it looks for a GPU."""
+
+    def looked(*_):
+        raise AssertionError("looked for a GPU")
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(setup, "ROCM_HOME", rocm_home)
+    monkeypatch.setattr(setup, "CUDA_HOME", cuda_home)
+    for name in ("is_available", "device_count", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, looked)
+
+
+# ------------------------------------------------------------------------------------ setup.py
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ({}, "cpu"),
+        ({"cuda": "13.0", "cuda_home": "/cuda"}, "cuda"),
+        ({"cuda": "13.0"}, "cpu"),
+        ({"cuda_home": "/cuda"}, "cpu"),
+        ({"hip": "6.3", "rocm_home": "/rocm"}, "hip"),
+        ({"hip": "6.3", "rocm_home": "/rocm", "cuda_home": "/cuda"}, "hip"),
+        ({"hip": "6.3"}, "cpu"),
+    ],
+)
+def test_backend_follows_torch_and_its_toolkit(setup, monkeypatch, capsys, there, expected):
+    pretend(monkeypatch, setup, **there)
+    assert setup.choose_backend() == expected
+    # A GPU build of torch that gets a CPU backend is told why.
+    gpu_torch = bool({"cuda", "hip"} & set(there))
+    assert ("CPU backend only" in capsys.readouterr().err) == (gpu_torch and expected == "cpu")
+
+
+@pytest.mark.parametrize("wanted", ["cpu", "hostgpu"])
+def test_backend_can_be_chosen(setup, monkeypatch, wanted):
+    pretend(monkeypatch, setup, cuda="13.0", cuda_home="/cuda")
+    monkeypatch.setenv("DIFFNL_BACKEND", wanted)
+    assert setup.choose_backend() == wanted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("cuda", "CUDA_HOME names its folder"),
+        ("hip", "ROCM_HOME names its folder"),
+        ("gpu", "must be one of"),
+    ],
+)
+def test_a_backend_that_cannot_be_built_is_an_error(setup, monkeypatch, wanted, message):
+    pretend(monkeypatch, setup)
+    monkeypatch.setenv("DIFFNL_BACKEND", wanted)
+    with pytest.raises(SystemExit, match=message):
+        setup.choose_backend()
+
+
+def test_every_source_belongs_to_a_backend(setup):
+    named = {name for names in setup.SOURCES.values() for name in names}
+    assert named == {path.name for path in Path("csrc").iterdir() if path.suffix in (".cpp", ".cu", ".hip")}
+    assert set(setup.KERNELS) == {name for name in named if name.endswith(".hip")}
+    # nvcc takes the kernels through the .cu, hipcc each by itself; neither compiles the other's.
+    included = re.findall(r'#include "(\w+\.hip)"', Path("csrc/neighbors_nvcc.cu").read_text())
+    assert sorted(included) == sorted(setup.KERNELS)
+    for backend, ours, others in [("cuda", ".cu", ".hip"), ("hip", ".hip", ".cu")]:
+        suffixes = {Path(name).suffix for name in setup.SOURCES[backend]}
+        assert ours in suffixes and others not in suffixes
+        assert set(setup.SOURCES["cpu"]) < set(setup.SOURCES[backend])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "hip", "hostgpu"])
+def test_no_compiler_may_fuse_multiply_and_add(setup, backend):
+    assert "-ffp-contract=off" in setup.cxx_flags(backend, [])
+    device = setup.device_flags(backend)
+    if backend == "cuda":
+        assert "-fmad=false" in device and "--compiler-options=-ffp-contract=off" in device
+    if backend == "hip":
+        assert "-ffp-contract=off" in device
+
+
+def test_rocm_architectures(setup, monkeypatch):
+    pretend(monkeypatch, setup)
+    default = ["gfx90a", "gfx942", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201"]
+    assert setup.architectures("hip") == default
+    assert os.environ["PYTORCH_ROCM_ARCH"] == ";".join(default)
+    for given in ("gfx90a;gfx1030", "gfx90a gfx1030", "gfx90a, gfx1030;"):
+        monkeypatch.setenv("PYTORCH_ROCM_ARCH", given)
+        assert setup.architectures("hip") == ["gfx90a", "gfx1030"]
+        assert os.environ["PYTORCH_ROCM_ARCH"] == "gfx90a;gfx1030"
+    assert '-DDIFFNL_ARCHS="gfx90a,gfx1030"' in setup.cxx_flags("hip", ["gfx90a", "gfx1030"])
+
+
+def test_cuda_architectures_are_those_nvcc_knows(setup, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nprintf 'sm_75\\nsm_80\\nsm_90\\nsm_121\\n'\n")
+    nvcc.chmod(0o755)
+    pretend(monkeypatch, setup, cuda_home=str(tmp_path))
+    assert setup.architectures("cuda") == ["7.5", "8.0", "9.0+PTX"]
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0 12.1+PTX")
+    assert setup.architectures("cuda") == ["9.0", "12.1+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    nvcc.write_text("#!/bin/sh\necho sm_300\n")
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
+        setup.architectures("cuda")
+
+
+def test_hip_build_leaves_the_sources_to_torch_as_they_are(setup, monkeypatch):
+    for name in ("include_paths", "library_paths"):  # there is no ROCm to ask for its folders
+        monkeypatch.setattr(setup, name, lambda kind: [f"/rocm/{kind}"])
+    before = sorted(Path("csrc").iterdir())
+    extension = setup.extension("hip")
+    assert extension.sources == [f"csrc/{name}" for name in setup.SOURCES["hip"]]
+    assert {"amdhip64", "torch_hip"} <= set(extension.libraries)
+    assert sorted(Path("csrc").iterdir()) == before, "hipify ran over csrc/"
+
+
+def test_hostgpu_does_not_pass_for_the_cpu_backend(setup, monkeypatch):
+    monkeypatch.setenv("DIFFNL_WAVE", "64")
+    extension = setup.extension("hostgpu")
+    flags = extension.extra_compile_args["cxx"]
+    assert '-DDIFFNL_BACKENDS="hostgpu"' in flags and "-DDIFFNL_WAVE=64" in flags
+    assert "csrc/ops_cpu.cpp" not in extension.sources, "registers the CPU backend"
+    wrappers = [Path(name).read_text() for name in extension.sources if name.startswith("build")]
+    assert wrappers == [f'#include "{name}"\n' for name in setup.KERNELS]
+    monkeypatch.setenv("DIFFNL_WAVE", "48")
+    with pytest.raises(SystemExit, match="DIFFNL_WAVE must be 32 or 64"):
+        setup.extension("hostgpu")
+
+
+# --------------------------------------------------------------------------- tools/check_hip.py
+
+# What `llvm-readelf --notes` prints of a code object, shortened.
+KERNEL = """  - .agpr_count:     0
+    .args:
+      - .offset:         0
+        .name:           atoms
+        .size:           48
+    .group_segment_fixed_size: 2048
+    .name:           {name}
+    .private_segment_fixed_size: {scratch}
+    .sgpr_count:     20
+    .sgpr_spill_count: 3
+    .symbol:         {name}.kd
+    .uses_dynamic_stack: {dynamic}
+    .vgpr_count:     38
+    .vgpr_spill_count: 1
+    .wavefront_size: 64
+"""
+NOTES = "    AMDGPU Metadata:\n---\namdhsa.kernels:\n{}amdhsa.target:   amdgcn-amd-amdhsa--gfx90a\n...\n"
+
+
+def notes(*kernels):
+    return NOTES.format("".join(KERNEL.format(name=n, scratch=s, dynamic=d) for n, s, d in kernels))
+
+
+def test_kernels_are_read_from_a_code_object(check_hip):
+    kernels = check_hip.parse_notes(notes(("_Z5countv", 0, "false"), ("_Z4fillv", 16, "true")))
+    common = {"vgprs": 38, "sgprs": 20, "lds": 2048, "vgpr_spills": 1, "sgpr_spills": 3, "wave": 64}
+    assert kernels == {
+        "_Z5countv": {**common, "scratch": 0, "dynamic": 0},
+        "_Z4fillv": {**common, "scratch": 16, "dynamic": 1},
+    }
+
+
+@pytest.mark.parametrize(("scratch", "dynamic"), [(16, "false"), (0, "true")])
+def test_scratch_fails_on_gfx90a_alone(check_hip, scratch, dynamic):
+    clean = check_hip.parse_notes(notes(("count", 0, "false")))["count"]
+    spilled = check_hip.parse_notes(notes(("count", scratch, dynamic)))["count"]
+    check_hip.check_scratch({"count": {"gfx90a": clean, "gfx1100": spilled}})
+    with pytest.raises(check_hip.CheckFailed, match="count on gfx90a"):
+        check_hip.check_scratch({"count": {"gfx90a": spilled, "gfx1100": clean}})
+
+
+def test_resource_table_has_a_row_a_kernel_and_a_column_an_architecture(check_hip):
+    row = check_hip.parse_notes(notes(("count", 0, "false")))["count"]
+    table = check_hip.resource_table({"count": {"gfx90a": row, "gfx1100": {**row, "wave": 32, "vgprs": 7}}})
+    header, rule, line = [text for text in table.splitlines() if text.startswith("|")]
+    cells = [[cell.strip() for cell in text.strip("|").split("|")] for text in (header, line)]
+    assert cells[0] == ["kernel", "gfx90a, wave 64", "gfx1100, wave 32"]
+    assert cells[1] == ["`count`", "38 / 20 / 2048 / 0 / 1, 3", "7 / 20 / 2048 / 0 / 1, 3"]
+    assert set(rule) == set("|- ")
+
+
+@pytest.mark.parametrize(
+    ("demangled", "short"),
+    [
+        ("void diffnl::(anonymous namespace)::fill<float, (diffnl::Mode)1>(diffnl::P<float>)", None),
+        ("diffnl::links(long const*, long)", "links"),
+    ],
+)
+def test_kernel_names_are_short(check_hip, demangled, short):
+    assert check_hip.short_name(demangled) == (short or "fill<float, (Mode)1>")
+
+
+def test_numbers_of_architectures(check_hip):
+    # The constants of the device libraries that Debian has for these.
+    numbers = {"gfx90a": 9010, "gfx942": 9402, "gfx1030": 10300, "gfx1100": 11000, "gfx1201": 12001}
+    assert {arch: check_hip.isa_version(arch) for arch in numbers} == numbers
+
+
+def test_hipify_leaves_sources_that_find_their_headers(setup, check_hip, tmp_path):
+    shutil.copytree("csrc", tmp_path / "csrc")
+    sources = [Path("csrc", name) for name in setup.SOURCES["hip"]]
+    rewritten = check_hip.hipify(tmp_path, sources)
+    assert list(rewritten) == sources
+    for path in rewritten.values():
+        for header in re.findall(r'#include "([^"]+)"', path.read_text()):
+            assert header.startswith("hip/") or (path.parent / header).exists(), (path.name, header)
+
+
+def test_hipify_over_a_source_of_the_same_name_is_noticed(setup, check_hip, tmp_path):
+    shutil.copytree("csrc", tmp_path / "csrc")
+    (tmp_path / "csrc" / "neighbors.cu").write_text("__global__ void f() {}\n")
+    with pytest.raises(check_hip.CheckFailed, match=r"writes over neighbors\.hip"):
+        check_hip.hipify(tmp_path, [Path("csrc", name) for name in setup.SOURCES["hip"]])
+
+
+def test_missing_tools_are_named_with_what_to_install(check_hip, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(check_hip.shutil, "which", lambda name: None)
+    assert check_hip.main([]) == 1
+    error = capsys.readouterr().err
+    assert "clang++-19" in error and "apt-get install clang-19" in error
