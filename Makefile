@@ -37,8 +37,9 @@ asan: $(VENV)/test.installed
 hip: $(VENV)/torch.installed
 	$(BIN)/python tools/check_hip.py $(ARGS)
 
-# The GPU kernels compiled as C++ and run on the CPU, with waves of 32 and of 64 threads, then sanitized.
-hostgpu: hostgpu32 hostgpu64 hostgpu-asan
+# The GPU kernels compiled as C++ and run on the CPU, with waves of 32 and of 64 threads, and sanitized; the
+# longest first, for `make -j2`.
+hostgpu: hostgpu-asan hostgpu32 hostgpu64
 
 hostgpu32 hostgpu64: hostgpu%: $(VENV)/test.installed
 	DIFFNL_BACKEND=hostgpu DIFFNL_WAVE=$* $(call build_into,build/$@)

@@ -20,7 +20,7 @@ namespace {
 constexpr int kScanItems = 8;  // numbers a thread adds up in a scan
 constexpr int64_t kScanBlock = int64_t(kThreads) * kScanItems;
 constexpr int kSmallThreads = 512;  // one block does it all
-constexpr int64_t kSmall = 2048;     // for as many atoms and systems
+constexpr int64_t kSmall = 2048;    // for as many atoms and systems
 constexpr int64_t kSmallScan = 8192;
 
 // ---------------------------------------------------------------------------------------- faults

@@ -2,7 +2,7 @@
 // sums over a block. Nothing here or in the kernels assumes a wave width.
 #pragma once
 
-#if defined(__CUDACC__)
+#if defined(DIFFNL_CUDA)
 #include "hip_on_cuda.h"
 #else
 #include <hip/hip_runtime.h>
@@ -27,7 +27,7 @@ namespace diffnl {
 
 // Threads of a wave, known to the compiler: CUDA's warpSize is not.
 __device__ inline constexpr int wave_width() {
-#if defined(__CUDACC__)
+#if defined(DIFFNL_CUDA)
   return 32;
 #else
   return warpSize;
@@ -36,7 +36,7 @@ __device__ inline constexpr int wave_width() {
 
 // Bit l: the predicate of lane l. All lanes of the wave call it.
 __device__ inline uint64_t wave_ballot(bool predicate) {
-#if defined(__CUDACC__)
+#if defined(DIFFNL_CUDA)
   return __ballot_sync(0xffffffffu, predicate);
 #else
   return __ballot(predicate);
@@ -45,7 +45,7 @@ __device__ inline uint64_t wave_ballot(bool predicate) {
 
 // Makes what the lanes of a wave wrote to shared memory visible to each other.
 __device__ inline void wave_sync() {
-#if defined(__CUDACC__)
+#if defined(DIFFNL_CUDA)
   __syncwarp();
 #elif defined(DIFFNL_HOSTGPU)
   hostgpu::wave_sync();
@@ -59,7 +59,7 @@ __device__ inline void wave_sync() {
 // The value of the lane whose number differs in the bits of `mask`, which stay below `width`.
 template <typename T>
 __device__ inline T lane_xor(T value, int mask, int width) {
-#if defined(__CUDACC__)
+#if defined(DIFFNL_CUDA)
   return __shfl_xor_sync(0xffffffffu, value, mask, width);
 #else
   return __shfl_xor(value, mask, width);
@@ -69,7 +69,7 @@ __device__ inline T lane_xor(T value, int mask, int width) {
 // The value of the lane `distance` below, or the own one where there is none.
 template <typename T>
 __device__ inline T lane_below(T value, int distance) {
-#if defined(__CUDACC__)
+#if defined(DIFFNL_CUDA)
   return __shfl_up_sync(0xffffffffu, value, distance);
 #else
   return __shfl_up(value, distance, wave_width());
@@ -78,7 +78,7 @@ __device__ inline T lane_below(T value, int distance) {
 
 template <typename T>
 __device__ inline T lane_value(T value, int lane) {
-#if defined(__CUDACC__)
+#if defined(DIFFNL_CUDA)
   return __shfl_sync(0xffffffffu, value, lane);
 #else
   return __shfl(value, lane, wave_width());

@@ -27,7 +27,10 @@ struct CountSink {
   Candidates& near;
   unsigned long long found;
 
-  __device__ void begin(int t, uint32_t, int64_t) { near.rank[t] = 0; }
+  __device__ void begin(int size, int64_t) {
+    for (int t = static_cast<int>(threadIdx.x); t < size; t += kSearchThreads) near.rank[t] = 0;
+  }
+  __device__ void enter(int, uint32_t) {}
   __device__ void take(int t, int size, uint32_t first_home, int count) {
     if (t >= size) return;
     const uint32_t hits = find_hits(s, home, near, t, first_home, count);
@@ -36,15 +39,17 @@ struct CountSink {
     near.rank[t] += __popc(s.full ? hits : hits & ~kept_in_half(home, hits, load_candidate(s, near, t)));
   }
   __device__ void write(uint32_t, int, int) {}
-  __device__ void end(int t, uint32_t c, int64_t n) {
-    const uint32_t count = near.rank[t];
-    found += count;
-    if (count > 0) atomicAdd(&s.row_counts[s.atoms[c].index], count);
-    if (home.segment_base < 0) return;
-    const int64_t at = segment_at(home, c, opposite(home, n));
-    if (keeps_hits(home)) s.hits[at] = near.hits[t];
-    // A count that does not fit belongs to a row that no Link can hold.
-    if (s.segments != nullptr) s.segments[at] = static_cast<uint16_t>(count);
+  __device__ void end(int size, int64_t n0) {
+    for (int t = static_cast<int>(threadIdx.x); t < size; t += kSearchThreads) {
+      const uint32_t count = near.rank[t];
+      found += count;
+      if (count > 0) atomicAdd(&s.row_counts[s.atoms[near.atom[t]].index], count);
+      if (home.segment_base < 0) continue;
+      const int64_t at = segment_of(home, near, t, n0);
+      if (keeps_hits(home)) s.hits[at] = near.hits[t];
+      // A count that does not fit belongs to a row that no Link can hold.
+      if (s.segments != nullptr) s.segments[at] = static_cast<uint16_t>(count);
+    }
   }
   // Stops a count that has already found more pairs than memory could hold: a cutoff given in the wrong unit would
   // otherwise count for hours before it fails. Only wide stencils and crowded bins can do that.
@@ -122,8 +127,12 @@ struct Rows {
   uint32_t hits[kHome]
                [kTile / 32 + 1];  // bit b of word g: candidate 32 g + b is a neighbour; one to spare for banks
   uint16_t queue[kSearchThreads / kNarrowestWave][kTile];  // of a wave: the candidates in its row
-  int32_t shift_stage[3 * kSearchThreads];
-  T vector_stage[3 * kSearchThreads];
+  union {                                                  // what the waves write, on its way into order
+    int32_t shifts[3 * kSearchThreads];
+    T vectors[3 * kSearchThreads];
+  } stage;
+  int64_t next[kHome];  // where the row of a home atom goes on
+  uint32_t placed[kHome];
 };
 
 template <typename T>
@@ -134,11 +143,33 @@ struct FillSink {
   Rows<T>& rows;
   const GpuPairs<T>& out;
 
-  __device__ void begin(int t, uint32_t c, int64_t n) {
+  // Several at once, so that their loads overlap.
+  __device__ void begin(int size, int64_t n0) {
     if (home.segment_base < 0) return;
-    const int64_t at = segment_at(home, c, opposite(home, n));
-    if (out.links != nullptr) near.rank[t] = s.segments[at];
-    if (keeps_hits(home)) near.hits[t] = s.hits[at];
+    constexpr int kAtOnce = 3;
+    const bool keeps = keeps_hits(home);
+    for (int t0 = static_cast<int>(threadIdx.x); t0 < size; t0 += kAtOnce * kSearchThreads) {
+      uint32_t rank[kAtOnce], hits[kAtOnce];
+      DIFFNL_UNROLL(kAtOnce)
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int t = t0 + u * kSearchThreads;
+        const int64_t at = t < size ? segment_of(home, near, t, n0) : 0;
+        rank[u] = t < size && out.links != nullptr ? s.segments[at] : 0;
+        hits[u] = t < size && keeps ? s.hits[at] : 0;
+      }
+      DIFFNL_UNROLL(kAtOnce)
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int t = t0 + u * kSearchThreads;
+        if (t >= size) continue;
+        near.rank[t] = rank[u];
+        near.hits[t] = hits[u];
+      }
+    }
+  }
+
+  __device__ void enter(int a, uint32_t sorted) {
+    rows.placed[a] = s.placed[sorted];
+    rows.next[a] = s.offsets[home.atom[a].index] + rows.placed[a];
   }
 
   // Turns the bits: lane a gets what 32 lanes have to say about home atom a.
@@ -151,44 +182,51 @@ struct FillSink {
     }
     const int lane = lane_of_thread(), half = lane / 32;
     uint32_t word = 0;
-    DIFFNL_UNROLL(4)
     for (int a = 0; a < count; ++a) {
       const uint64_t votes = wave_ballot((hits >> a & 1) != 0);
       if (lane % 32 == a) word = static_cast<uint32_t>(votes >> (32 * half));
     }
     rows.hits[lane % 32][(t - lane) / 32 + half] = word;
   }
-  __device__ void end(int, uint32_t, int64_t) {}
+  __device__ void end(int, int64_t) {}
   __device__ bool too_many() { return false; }
 
-  // Writes `count` of the queue as pairs p, p + 1, ... of home atom a.
-  __device__ void emit(int a, int64_t p, const uint16_t* queue, int count) {
+  // Writes candidates t of the first `count` lanes as pairs p, p + 1, ... of home atom a. `unmoved` is S @ h of S
+  // = 0.
+  __device__ void emit(int a, const SortedAtom<T>& i, int64_t p, int t, const Candidate<T>& j, int count,
+                       Vec3<T> unmoved) {
     const int lane = lane_of_thread(), stage = 3 * (static_cast<int>(threadIdx.x) - lane);
     int32_t s0 = 0, s1 = 0, s2 = 0;
-    Vec3<T> v{0, 0, 0};
     if (lane < count) {
-      const int t = queue[lane];
-      const Candidate<T> j = load_candidate(s, near, t);
-      const SortedAtom<T> i = home.atom[a];
-      v = pair_vector<T>({i.x, i.y, i.z}, j.r, translation_of(home, a, j));
       s0 = sum(j.image[0], home.w[a][0]);
       s1 = sum(j.image[1], home.w[a][1]);
       s2 = sum(j.image[2], home.w[a][2]);
       out.mapping[p + lane] = i.index;
       out.mapping[out.num_pairs + p + lane] = j.index;
-      if (out.links != nullptr) {
-        const uint32_t rank = near.rank[t] + __popc(near.hits[t] & ((1u << a) - 1));
-        out.links[p + lane] = Link::make(j.index, rank, s0, s1, s2);
-      }
+      if (out.links != nullptr)
+        out.links[p + lane] =
+            Link::make(j.index, near.rank[t] + __popc(near.hits[t] & ((1u << a) - 1)), s0, s1, s2);
     }
-    store_triples(out.shifts + 3 * p, count, s0, s1, s2, rows.shift_stage + stage);
-    if (out.vectors != nullptr)
-      store_triples(out.vectors + 3 * p, count, v.x, v.y, v.z, rows.vector_stage + stage);
+    // Most pairs do not leave the cell: nothing to put in order, nothing to multiply.
+    Vec3<T> moved = unmoved;
+    if (wave_ballot((s0 | s1 | s2) != 0) == 0) {
+      DIFFNL_UNROLL(3)
+      for (int k = 0; k < 3; ++k)
+        if (lane + k * wave_width() < 3 * count) out.shifts[3 * p + lane + k * wave_width()] = 0;
+    } else {
+      moved = translation(home.h, static_cast<T>(s0), static_cast<T>(s1), static_cast<T>(s2));
+      store_triples(out.shifts + 3 * p, count, s0, s1, s2,
+                    rows.stage.shifts + stage * (sizeof(T) / sizeof(int32_t)));
+    }
+    if (out.vectors == nullptr) return;
+    const Vec3<T> v = pair_vector<T>({i.x, i.y, i.z}, j.r, moved);
+    store_triples(out.vectors + 3 * p, count, v.x, v.y, v.z, rows.stage.vectors + stage);
   }
 
   __device__ void write(uint32_t first_home, int count, int size) {
     __syncthreads();
     const int lane = lane_of_thread(), width = wave_width();
+    const Vec3<T> unmoved = translation<T>(home.h, 0, 0, 0);
     uint16_t* queue = rows.queue[wave_of_thread()];
     for (int a = wave_of_thread(); a < count; a += kSearchThreads / width) {
       // Each lane lists the candidates of its word, behind those of the lanes below.
@@ -202,11 +240,28 @@ struct FillSink {
       for (int at = end - __popc(word); word != 0; word &= word - 1)
         queue[at++] = static_cast<uint16_t>(32 * lane + lowest_bit(word));
       wave_sync();
-      const uint32_t sorted = home.first + first_home + a, placed = s.placed[sorted];
-      const int64_t p = s.offsets[home.atom[a].index] + placed;
-      for (int k = 0; k < found; k += width) emit(a, p + k, queue + k, std::min(found - k, width));
+      const SortedAtom<T> i = home.atom[a];
+      const int64_t p = rows.next[a];
+      // The next candidates are on their way while these are written.
+      int next_t = 0;
+      Candidate<T> next{};
+      const auto fetch = [&](int k) {
+        if (k + lane >= found) return;
+        next_t = queue[k + lane];
+        next = load_candidate(s, near, next_t);
+      };
+      fetch(0);
+      for (int k = 0; k < found; k += width) {
+        const int t = next_t;
+        const Candidate<T> j = next;
+        fetch(k + width);
+        if (found - k >= width)
+          emit(a, i, p + k, t, j, width, unmoved);
+        else
+          emit(a, i, p + k, t, j, found - k, unmoved);
+      }
       wave_sync();
-      if (lane == 0) s.placed[sorted] = placed + found;
+      if (lane == 0) s.placed[home.first + first_home + a] = rows.placed[a] + found;
     }
     __syncthreads();
     if (out.links != nullptr)

@@ -22,9 +22,10 @@ namespace diffnl {
 namespace {
 
 constexpr int kSearchThreads = 128;
-constexpr int kTile = 1024;  // candidates at once
-constexpr int kHome = 32;    // home atoms at once: the bits of a word
+constexpr int kTile = 768;  // candidates at once: 27 bins of 28 atoms; a multiple of kSearchThreads
+constexpr int kHome = 32;   // home atoms at once: the bits of a word
 constexpr int kThreadsOfBin = 4;
+constexpr int kTestsAtOnce = 4;
 
 // What a block shares about the bin it works on.
 template <typename T>
@@ -78,13 +79,17 @@ __device__ inline AtomSpan stencil_bin(const GpuSearch<T>& s, const GpuSystem& s
                                        int64_t n, int32_t* image) {
   int64_t bin[3], d[3];
   for (int k = 2; k >= 0; --k) {
-    const int64_t across = 2 * system.grid.axis[k].reach + 1;
-    d[k] = n % across - system.grid.axis[k].reach;
-    n /= across;
+    const int64_t reach = system.grid.axis[k].reach, across = 2 * reach + 1;
+    // Division of 64 bits is slow, and the stencil hardly ever needs it.
+    const int64_t rest = n <= INT32_MAX && across <= INT32_MAX
+                             ? static_cast<int64_t>(static_cast<uint32_t>(n) / static_cast<uint32_t>(across))
+                             : n / across;
+    d[k] = n - rest * across - reach;
+    n = rest;
   }
   for (int k = 0; k < 3; ++k) {
     const int64_t u = home[k] + d[k], bins = system.grid.axis[k].bins;
-    const int64_t m = floor_div(u, bins);
+    const int64_t m = u >= -bins && u < 2 * bins ? (u >= bins) - (u < 0) : floor_div(u, bins);
     if (m != 0 && !system.cell.periodic[k]) return {0, 0};
     image[k] = static_cast<int32_t>(m);
     bin[k] = u - m * bins;
@@ -142,15 +147,14 @@ __device__ inline Vec3<T> translation_of(const Home<T>& home, int a, const Candi
 // nothing.
 template <typename T>
 __device__ inline uint32_t test_candidate(const Home<T>& home, int count, const Candidate<T>& j, T cutoff2) {
-  constexpr int kAtOnce = 4;
   Vec3<T> t = translation_of(home, 0, j);
   const uint32_t changes = home.changes;
   const auto test_all = [&](auto same_cell) {
     uint32_t hits = 0;
-    for (int a0 = 0; a0 < count; a0 += kAtOnce) {
+    for (int a0 = 0; a0 < count; a0 += kTestsAtOnce) {
       uint32_t group = 0;
-      DIFFNL_UNROLL(kAtOnce)
-      for (int u = 0; u < kAtOnce; ++u) {
+      DIFFNL_UNROLL(kTestsAtOnce)
+      for (int u = 0; u < kTestsAtOnce; ++u) {
         if (!same_cell() && (changes >> (a0 + u) & 1) != 0) t = translation_of(home, a0 + u, j);
         const SortedAtom<T> i = home.atom[a0 + u];
         const T d2 = squared_length(pair_vector<T>({i.x, i.y, i.z}, j.r, t));
@@ -177,16 +181,12 @@ __device__ inline uint32_t kept_in_half(const Home<T>& home, uint32_t hits, cons
   return kept;
 }
 
-// Where sorted atom c keeps what concerns bin n of its stencil.
+// Where candidate t of the tile keeps what it knows of the home bin, which is as far from it as it is from the
+// home bin, in the opposite direction. Bin 0 at hand is bin n0 of the home bin's stencil.
 template <typename T>
-__device__ inline int64_t segment_at(const Home<T>& home, uint32_t c, int64_t n) {
-  return home.segment_base + n * int64_t(home.atoms_of_system) + (c - home.first_of_system);
-}
-
-// Seen from a candidate in bin n of the home bin's stencil, the home bin is on the opposite side.
-template <typename T>
-__device__ inline int64_t opposite(const Home<T>& home, int64_t n) {
-  return home.stencil - 1 - n;
+__device__ inline int64_t segment_of(const Home<T>& home, const Candidates& near, int t, int64_t n0) {
+  const int64_t opposite = home.stencil - 1 - (n0 + near.bin[t]);
+  return home.segment_base + opposite * int64_t(home.atoms_of_system) + (near.atom[t] - home.first_of_system);
 }
 
 // The hits of candidate t of the tile by the exact test.
@@ -210,11 +210,11 @@ __device__ inline void enter_bin(const GpuSearch<T>& s, Bin bin, Home<T>& home) 
     home.size = bin.size;
     home.system = s.places[bin.first].system;
     const GpuSystem& system = s.systems[home.system];
-    int64_t key = s.sorted_keys[bin.first];
-    home.bin[2] = key % system.grid.axis[2].bins;
-    key /= system.grid.axis[2].bins;
-    home.bin[1] = key % system.grid.axis[1].bins;
-    home.bin[0] = key / system.grid.axis[1].bins;
+    const int64_t key = s.sorted_keys[bin.first], ny = system.grid.axis[1].bins, nz = system.grid.axis[2].bins;
+    const int64_t column = key / nz;
+    home.bin[0] = column / ny;
+    home.bin[1] = column - home.bin[0] * ny;
+    home.bin[2] = key - column * nz;
     home.first_of_system = system.first_atom;
     home.atoms_of_system = system.num_atoms;
     home.segment_base = system.segment_base;
@@ -260,10 +260,11 @@ __device__ inline void load_home(const GpuSearch<T>& s, Home<T>& home, uint32_t 
 }
 
 // All candidates of one bin, tile by tile and home atoms by home atoms, into the sink:
-//   begin(t, c, n)                      candidate t of the tile is sorted atom c, in bin n of the stencil
+//   begin(size, n0)                     a tile of candidates is there; bin 0 at hand is bin n0 of the stencil
+//   enter(a, sorted)                    thread a has loaded home atom a
 //   take(t, size, first_home, count)    finds its hits among the home atoms at hand; lanes with t >= size come too
 //   write(first_home, count, size)      by the whole block, when all candidates of the tile were taken
-//   end(t, c, n)                        when all home atoms have seen it
+//   end(size, n0)                       all home atoms have seen the tile
 //   too_many()                          whether to give up; asked where a bin may find pairs without end
 template <typename T, typename Sink>
 __device__ inline void traverse_bin(const GpuSearch<T>& s, Bin bin, Home<T>& home, Candidates& near, Sink& sink) {
@@ -287,16 +288,17 @@ __device__ inline void traverse_bin(const GpuSearch<T>& s, Bin bin, Home<T>& hom
       const int size = static_cast<int>(std::min(num_candidates - begin, static_cast<uint32_t>(kTile)));
       list_candidates(near, bins, begin, size);
       __syncthreads();
-      for (int t = thread; t < size; t += kSearchThreads) sink.begin(t, near.atom[t], n0 + near.bin[t]);
+      sink.begin(size, n0);
       for (uint32_t first_home = 0; first_home < home.size; first_home += kHome) {
         const int count = static_cast<int>(std::min(home.size - first_home, static_cast<uint32_t>(kHome)));
         load_home(s, home, first_home, count);
+        if (thread < count) sink.enter(thread, home.first + first_home + thread);
         __syncthreads();
         for (int t0 = 0; t0 < size; t0 += kSearchThreads) sink.take(t0 + thread, size, first_home, count);
         sink.write(first_home, count, size);
         __syncthreads();
       }
-      for (int t = thread; t < size; t += kSearchThreads) sink.end(t, near.atom[t], n0 + near.bin[t]);
+      sink.end(size, n0);
       if (crowded && sink.too_many()) return;
       __syncthreads();
     }

@@ -41,25 +41,25 @@ def assert_same(ours, theirs):
 
 def large():
     """Systems at which the oracle would take too long: the CPU backend stands in for it."""
-    box = cubic(58.0)
-    yield System("bulk_20000", scatter(20_000, box, 1), tensor(box), ALL, (5.0,))
-    yield System("bulk_scattered", scatter(20_000, box, 2, -40.0, 40.0), tensor(box), ALL, (5.0,))
-    leaning = [[10.0 * x for x in row] for row in TRICLINIC]
-    yield System("leaning", scatter(15_000, leaning, 3), tensor(leaning), (True, False, True), (5.0,))
-    yield System("open", scatter(30_000, cubic(66.0), 4), None, None, (5.0,))
+    box = cubic(46.0)
+    yield System("bulk", scatter(10_000, box, 1), tensor(box), ALL, (5.0,))
+    yield System("bulk_scattered", scatter(6_000, box, 2, -40.0, 40.0), tensor(box), ALL, (5.0,))
+    leaning = [[8.0 * x for x in row] for row in TRICLINIC]
+    yield System("leaning", scatter(6_000, leaning, 3), tensor(leaning), (True, False, True), (5.0,))
+    yield System("open", scatter(8_000, cubic(43.0), 4), None, None, (5.0,))
     slab = [[100.0, 0.0, 0.0], [10.0, 90.0, 0.0], [0.0, 0.0, 3.0]]
     yield System("slab", scatter(3_000, slab, 5), tensor(slab), ALL, (5.0,))
     yield System("tiny_cell", scatter(3, cubic(1.1), 6), tensor(cubic(1.1)), ALL, (9.0,))
-    # Bins of thousands of atoms next to bins of a few.
+    # Bins of more than a thousand atoms next to bins of a few.
     clumps = torch.cat(
-        [scatter(2_000, cubic(1.5), 7), scatter(300, cubic(0.5), 8) + 20.0, scatter(900, box, 9)]
+        [scatter(1_100, cubic(1.5), 7), scatter(150, cubic(0.5), 8) + 20.0, scatter(900, box, 9)]
     )
     yield System("clumps", clumps, tensor(box), ALL, (1.7,))
-    yield System("coincident", torch.ones(500, 3, dtype=torch.float64), tensor(cubic(3.0)), ALL, (3.5,))
+    yield System("coincident", torch.ones(200, 3, dtype=torch.float64), tensor(cubic(3.0)), ALL, (3.5,))
     yield _batch("batch_512x27", torch.full((512,), 27), 6.5, 5.0)
-    counts = torch.tensor([0, 1, 6_000, 3, 0] + [0, 2, 40, 1] * 100)
+    counts = torch.tensor([0, 1, 3_000, 3, 0] + [0, 2, 40, 1] * 60)
     yield _batch("sizes_very_different", counts, 6.0, 5.0)
-    yield _batch("systems_5000", torch.arange(5_000) % 4, 2.5, 3.0)
+    yield _batch("systems_5000", torch.arange(5_000) % 3, 3.0, 3.0)
 
 
 def _batch(name, counts, edge, cutoff):
@@ -178,7 +178,7 @@ def poison(gpu):
 
 
 @both_lists
-@pytest.mark.parametrize("name", ["bulk_20000", "sizes_very_different", "clumps"])
+@pytest.mark.parametrize("name", ["bulk", "sizes_very_different", "clumps"])
 def test_a_hundred_repeats_have_the_same_bits(name, full, dtype, gpu):
     arguments = LARGE[name].arguments(dtype, gpu)
     expected = whole_step(arguments, LARGE[name].cutoffs[0], full)
@@ -340,7 +340,7 @@ def test_inputs_still_being_computed_are_waited_for(gpu):
 
 def test_another_device_than_the_current_one(dtype, second_gpu):
     current = torch.cuda.current_device()
-    for name in ("bulk_20000", "batch_512x27"):
+    for name in ("bulk", "batch_512x27"):
         system = LARGE[name]
         here = whole_step(system.arguments(dtype, torch.device("cuda", current)), system.cutoffs[0])
         there = whole_step(system.arguments(dtype, second_gpu), system.cutoffs[0])
@@ -351,11 +351,11 @@ def test_another_device_than_the_current_one(dtype, second_gpu):
 
 def test_two_devices_from_two_threads(second_gpu):
     devices = [torch.device("cuda", torch.cuda.current_device()), second_gpu]
-    expected = [t.cpu() for t in whole_step(LARGE["bulk_20000"].arguments(torch.float32, devices[0]), 5.0)]
+    expected = [t.cpu() for t in whole_step(LARGE["bulk"].arguments(torch.float32, devices[0]), 5.0)]
 
     def work(device):
         for _ in range(10):
-            results = whole_step(LARGE["bulk_20000"].arguments(torch.float32, device), 5.0)
+            results = whole_step(LARGE["bulk"].arguments(torch.float32, device), 5.0)
             assert_same([t.cpu() for t in results], expected)
         return True
 
@@ -706,15 +706,15 @@ def test_a_sparse_box_allocates_almost_nothing(gpu):
 
 @pytest.mark.parametrize("wanted", [False, True], ids=["plain", "with_gradients"])
 def test_peak_memory_of_a_search(wanted, dtype, gpu):
-    """The outputs, 8 bytes a pair for the backward, and what the atoms need: no other arrays of pairs."""
-    positions, cell, pbc, _ = LARGE["bulk_20000"].arguments(dtype, gpu)
+    """The outputs, 8 bytes a pair for the backward, and what the atoms need: no other array of pairs."""
+    positions, cell, pbc, _ = LARGE["bulk"].arguments(dtype, gpu)
     positions.requires_grad_(wanted)
     torch.cuda.reset_peak_memory_stats(gpu)
     before = torch.cuda.memory_allocated(gpu)
-    pairs = diffnl.neighbor_pairs(positions, cell, pbc, 5.0)
+    pairs = diffnl.neighbor_pairs(positions, cell, pbc, 12.0)
     peak = torch.cuda.max_memory_allocated(gpu) - before
     written = sum(t.nbytes for t in pairs) + (8 * pairs.mapping.shape[1] if wanted else 0)
-    assert peak <= 1.02 * written + 2048 * len(positions)
+    assert peak <= written + 4096 * len(positions)
 
 
 def test_memory_is_given_back(gpu):

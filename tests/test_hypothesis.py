@@ -4,7 +4,7 @@ The gate of 20,000 examples, each in float32 and in float64:
 
     HYPOTHESIS_PROFILE=thorough pytest tests/test_hypothesis.py
 
-It takes about 6 minutes of one core. The default profile draws 300, quick 60. A failure prints its example.
+It takes about 10 minutes of one core. The default profile draws 300, quick 60. A failure prints its example.
 """
 
 import itertools

@@ -121,8 +121,10 @@ def test_list_equals_reference(name, full, dtype, device):
     assert_list_equals_reference(system.arguments(dtype, device), system.cutoffs[0], full)
 
 
-@pytest.mark.parametrize("n", [1023, 1024, 1025, 1026])
-def test_rows_and_tiles_around_1024(n, device):
+@pytest.mark.parametrize(
+    "n", [127, 128, 129, 130, 255, 257, 511, 513, 767, 768, 769, 770, 1023, 1024, 1025, 1026, 1540]
+)
+def test_rows_and_tiles_of_any_size(n, device):
     """n atoms closer to each other than the cutoff: n candidates in one bin, rows of n - 1."""
     positions = scatter(n, cubic(0.9), n).to(device, torch.float32)
     i, j = (index.flatten() for index in torch.meshgrid(*[torch.arange(n)] * 2, indexing="ij"))
@@ -130,26 +132,6 @@ def test_rows_and_tiles_around_1024(n, device):
     here = positions.cpu()
     expected = diffnl.Pairs(torch.stack([i, j]), torch.zeros(len(i), 3).int(), here[j] - here[i])
     assert_list_equals(expected, (positions, None, None, None), 2.0, full=True)
-
-
-@both_lists
-@pytest.mark.parametrize("n", [1030, 2050])
-def test_more_candidates_than_pairs(n, full, device):
-    """A bin of n atoms on a line, each near to a few others."""
-    positions = torch.zeros(n, 3)
-    positions[:, 2] = torch.randperm(n, generator=seeded(n)) / 1024.0
-    edge = 3.5 / 1024.0
-    place = (positions[:, 2] * 1024).long()
-    atom_at = torch.argsort(place)
-    rows = [
-        (i, int(atom_at[z]))
-        for i in range(n)
-        for z in range(int(place[i]) - 3, int(place[i]) + 4)
-        if 0 <= z < n and z != place[i]
-    ]
-    i, j = torch.tensor(sorted(row for row in rows if full or row[0] < row[1])).T
-    expected = diffnl.Pairs(torch.stack([i, j]), torch.zeros(len(i), 3).int(), positions[j] - positions[i])
-    assert_list_equals(expected, (positions.to(device), None, None, None), edge, full)
 
 
 # ----- gradients -------------------------------------------------------------------------------------------
@@ -356,10 +338,16 @@ def dimers(count, seed):
     return torch.randperm(2 * count, generator=seeded(seed)).reshape(2, count)
 
 
-@pytest.mark.parametrize("cutoff", [1.5, 8.5], ids=["few_atoms_a_bin", "many_bins"])
-def test_seventy_thousand_atoms(cutoff, dtype, device):
-    """Dimers on a lattice of spacing 10: the list is known. More atoms than 2**16."""
-    count = 35_000
+def assert_equal_values(pairs, expected):
+    """By value, in any order: j - i is -0 where i - j is 0."""
+    for ours, theirs in zip(canonical(pairs), canonical(expected), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cutoff, dtype", [(1.5, torch.float32), (8.5, torch.float64)])
+@pytest.mark.parametrize("count", [1023, 1024, 1025, 4095, 4096, 4097, 35_000])
+def test_many_atoms(count, cutoff, dtype, device):
+    """Dimers on a lattice of spacing 10, a few or a hundredth of one in a bin: the list is known."""
     first, second = dimers(count, 74)
     k = torch.arange(count)
     site = 10.0 * torch.stack([k % 40, k // 40 % 40, k // 1600], 1)
@@ -371,27 +359,23 @@ def test_seventy_thousand_atoms(cutoff, dtype, device):
     j = torch.cat([second, first])
     step = torch.tensor([1.0, 0.0, 0.0], dtype=dtype).expand(count, 3)
     expected = diffnl.Pairs(torch.stack([i, j]), torch.zeros(2 * count, 3).int(), torch.cat([step, -step]))
-    # By value: j - i is -0 where i - j is 0.
-    for ours, theirs in zip(canonical(pairs), canonical(expected), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_equal_values(pairs, expected)
 
 
-def test_twenty_thousand_systems(dtype, device):
-    """A dimer in each, along a cell of length 2.5: its atoms meet directly and through the face."""
-    count = 20_000
+@pytest.mark.parametrize("count, empty", [(255, 0), (257, 0), (1024, 0), (1025, 0), (90, 1958), (90, 1959)])
+def test_many_systems(count, empty, device):
+    """A dimer along a cell of length 2.5, which meets itself through the face too, or no atom in each."""
     first, second = dimers(count, 75)
     owner = torch.empty(2 * count, dtype=torch.int64)
-    owner[first] = owner[second] = torch.randperm(count, generator=seeded(76))
+    owner[first] = owner[second] = torch.randperm(count + empty, generator=seeded(76))[:count]
     positions = torch.zeros(2 * count, 3)
     positions[second, 0] = 1.0
-    cell = (2.5 * torch.eye(3)).repeat(count, 1, 1)
-    arguments = positions.to(device, dtype), cell.to(device, dtype), (True, False, False), owner.to(device)
+    cell = (2.5 * torch.eye(3)).repeat(count + empty, 1, 1)
+    arguments = positions.to(device), cell.to(device), (True, False, False), owner.to(device)
     pairs = check_gradients(arguments, 2.0)
     i = torch.cat([first, second, first, second])
     j = torch.cat([second, first, second, first])
-    shifts, vectors = torch.zeros(4 * count, 3).int(), torch.zeros(4 * count, 3, dtype=dtype)
+    shifts, vectors = torch.zeros(4 * count, 3).int(), torch.zeros(4 * count, 3)
     shifts[:, 0] = torch.tensor([0, 0, -1, 1]).repeat_interleave(count)
     vectors[:, 0] = torch.tensor([1.0, -1.0, -1.5, 1.5]).repeat_interleave(count)
-    expected = diffnl.Pairs(torch.stack([i, j]), shifts, vectors)
-    for ours, theirs in zip(canonical(pairs), canonical(expected), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_equal_values(pairs, diffnl.Pairs(torch.stack([i, j]), shifts, vectors))

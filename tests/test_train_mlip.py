@@ -265,6 +265,30 @@ def test_learns_and_writes(files, tmp_path, capsys):
     assert atoms.get_stress().shape == (6,)
 
 
+# e3nn's and matplotlib's own; what the example does with them is under test elsewhere.
+@pytest.mark.filterwarnings("ignore")
+def test_runs_on_a_gpu_as_on_the_cpu(files, tmp_path, gpu):
+    """One epoch on each: the same loss but for rounding, and a potential that serves on either."""
+    losses = {}
+    try:
+        for device in ("cpu", "cuda"):
+            out = tmp_path / device
+            run = [*files, *SMALL, "--epochs", "1", "--device", device, "--out", str(out)]
+            assert train_mlip.main(run) == 0
+            checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+            (row,) = checkpoint["trainer"]["history"]
+            losses[device] = [row["train"]["loss"], *row["validation"].values()]
+    finally:
+        torch.use_deterministic_algorithms(False)  # which the example asks for on a GPU
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=5e-2)
+    atoms = ase.io.read(files[3])
+    energies = []
+    for device in ("cpu", "cuda"):
+        atoms.calc = PotentialCalculator(tmp_path / "cuda" / "potential.pt", device, torch.float64)
+        energies.append(atoms.get_potential_energy())
+    assert energies[1] == pytest.approx(energies[0], abs=1e-8)
+
+
 def test_resumes_to_the_same_bits(files, tmp_path, capsys):
     run = [*files, *SMALL, "--epochs", "4", "--every", "1", "--out"]
     assert train_mlip.main([*run, str(tmp_path / "whole")]) == 0
