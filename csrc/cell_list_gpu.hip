@@ -220,6 +220,7 @@ __device__ inline void make_all_grids(const GpuSearch<T>& s) {
         const bool fits = stencil * n <= static_cast<double>(s.segment_capacity);
         segments = fits ? static_cast<Wide>(stencil * n) : 0;
         linkable = linkable && fits && reach.largest_shift <= static_cast<double>(Link::kLargestShift);
+        system->compact = reach.largest_shift <= static_cast<double>(kLargestCompactShift);
         system->stencil = stencil < 9e18 ? static_cast<int64_t>(stencil) : INT64_MAX;
       }
     }

@@ -13,4 +13,10 @@ namespace diffnl {
   throw std::runtime_error(std::string("diffnl: ") + code + " " + std::to_string(a) + " " + std::to_string(b));
 }
 
+// A call of an operator that would read outside its tensors. Plain strings: torch's macros for this build their
+// text with streams, which crash where the compiler's C++ library is not the one that Python has loaded.
+inline void require(bool holds, const char* what, const char* about = "") {
+  if (!holds) throw std::runtime_error(std::string("diffnl: ") + what + about);
+}
+
 }  // namespace diffnl

@@ -25,7 +25,8 @@ class OnDevice {
   explicit OnDevice(const Tensor&) {}
 #else
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    const AOTITorchError error = aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_);
+    require(error == 0, "torch has no current stream");
   }
 #endif
   GpuStream stream() const { return stream_; }
@@ -101,7 +102,7 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
              const std::optional<Tensor>& system_idx, double cutoff, bool full, bool sorted, bool linked) {
   const OnDevice on(positions);
   const int64_t n = positions.size(0), num_systems = num_systems_of(cell);
-  STD_TORCH_CHECK(n < (int64_t(1) << 30), "diffnl: `positions` must hold fewer than 2**30 atoms");
+  require(n < (int64_t(1) << 30), "`positions` must hold fewer than 2**30 atoms");
   linked = linked && full;
 
   const Tensor flags = packed(pbc);
@@ -279,8 +280,8 @@ Tensor linked_vectors(const Tensor& positions, const std::optional<Tensor>& cell
   const int64_t n = r.size(0), num_systems = rows.size(0) - 2 * n - 2;
   HeldLinks held(links, rows, n, num_systems);
   if (h.has_value()) {
-    STD_TORCH_CHECK(num_systems_of(*h) == num_systems, "diffnl: `cell` must hold as many systems as the links");
-    STD_TORCH_CHECK(num_systems <= 1 || systems.has_value(), "diffnl: `system_idx` must be given");
+    require(num_systems_of(*h) == num_systems, "`cell` must hold as many systems as the links");
+    require(num_systems <= 1 || systems.has_value(), "`system_idx` must be given");
     held.list.system_idx = system_data(systems, n);
   }
   return vectors_of(r, h, held.list);
@@ -320,7 +321,8 @@ std::array<Tensor, 2> stable_sort(const Tensor& keys) {
   std::array<StableIValue, 4> stack{torch::stable::detail::from(keys),
                                     torch::stable::detail::from(std::optional<bool>(true)),
                                     torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  const AOTITorchError error = torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION);
+  require(error == 0, "torch could not sort the pairs");
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 

@@ -47,6 +47,7 @@ struct GpuSystem {
   uint32_t first_atom, num_atoms;                              // in sorted order
   uint32_t first_slot, num_slots;
   bool hashed;           // more bins than slots: bins share slots
+  bool compact;          // all S fit the few bits they are kept in by the search
   int64_t segment_base;  // of its part of `hits` and `segments`, where they have room for it; else -1
   int64_t stencil;       // number of bins around a bin
 };
@@ -63,6 +64,9 @@ struct Bin {
   uint32_t first;  // in sorted order
   uint32_t size;
 };
+
+// S that the search keeps in ten bits an axis.
+constexpr int kLargestCompactShift = 500;
 
 // An atom in sorted order: by system, slot, bin, number.
 template <typename T>

@@ -8,12 +8,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
+
+#include "errors.h"
 
 namespace diffnl {
 
@@ -28,17 +29,16 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
     same = same && (size < 0 || t.size(k) == size);
     ++k;
   }
-  STD_TORCH_CHECK(same, "diffnl: `", name, "` has the wrong shape");
+  require(same, "wrong shape of ", name);
 }
 
 inline void check_dtype(const Tensor& t, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "diffnl: `", name, "` has the wrong dtype");
+  require(t.scalar_type() == dtype, "wrong dtype of ", name);
 }
 
 inline ScalarType floating_dtype(const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "diffnl: tensors must be float32 or float64");
+  require(dtype == ScalarType::Float || dtype == ScalarType::Double, "tensors must be float32 or float64");
   return dtype;
 }
 
@@ -82,9 +82,9 @@ class HeldList {
       check_shape(*shifts_, "shifts", {num_pairs, 3});
       check_dtype(*shifts_, "shifts", ScalarType::Int);
     }
-    STD_TORCH_CHECK(shifts_.has_value() || !uses_cell, "diffnl: `shifts` must be given with a `cell`");
-    STD_TORCH_CHECK(num_atoms >= 0 && num_systems >= 0, "diffnl: sizes must not be negative");
-    STD_TORCH_CHECK(num_systems > 0 || num_pairs == 0 || !uses_cell, "diffnl: pairs need a system");
+    require(shifts_.has_value() || !uses_cell, "`shifts` must be given with a `cell`");
+    require(num_atoms >= 0 && num_systems >= 0, "sizes must not be negative");
+    require(num_systems > 0 || num_pairs == 0 || !uses_cell, "pairs need a system");
     if (uses_cell) systems_ = system_data(system_idx_, num_atoms);
     num_pairs_ = num_pairs;
   }
@@ -122,7 +122,7 @@ inline void check_search(const Tensor& positions, const Tensor& cell, const Tens
   else
     check_shape(pbc, "pbc", {num_systems_of(cell), 3});
   check_dtype(pbc, "pbc", ScalarType::Bool);
-  STD_TORCH_CHECK(num_systems_of(cell) > 0 || positions.size(0) == 0, "diffnl: atoms need a system");
+  require(num_systems_of(cell) > 0 || positions.size(0) == 0, "atoms need a system");
 }
 
 inline void check_vectors(const Tensor& positions, const std::optional<Tensor>& cell) {
@@ -155,10 +155,11 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
     default:
       dtype_code = aoti_torch_dtype_float64();
   }
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  require(aoti_torch_get_device_type(like.get(), &device) == 0, "a tensor has no device");
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes.data(), strides.data(),
-                                                  dtype_code, device, like.get_device_index(), &handle));
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes.data(), strides.data(),
+                                                        dtype_code, device, like.get_device_index(), &handle);
+  require(error == 0, "torch could not make a tensor");
   return Tensor(handle);
 }
 
