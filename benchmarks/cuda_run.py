@@ -141,9 +141,10 @@ def build(options: argparse.Namespace, deadline: Deadline) -> dict:
 
 
 def test(options: argparse.Namespace, deadline: Deadline) -> dict:
-    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=8")
+    # pytest-benchmark warns beside xdist, and warnings are errors.
+    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--durations=8")
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "240"]  # one kernel that hangs must not take the others' results along
     ended = run([*command, *options.pytest_args.split()], options.out / "test.log", deadline.left())
