@@ -179,6 +179,18 @@ __device__ inline void wrap_atoms_from(const GpuSearch<T>& s, int64_t first, int
   widen(s.systems[current], range, num_atoms, batch);
 }
 
+// How many pairs a system has at least, where it is periodic on all axes: each atom meets each other in as many
+// images as cells lie wholly within the cutoff. Tells a cutoff in the wrong unit before anything is counted.
+__device__ inline double fewest_pairs(const GpuSystem& system, double cutoff) {
+  const SearchCell& cell = system.cell;
+  if (!cell.periodic[0] || !cell.periodic[1] || !cell.periodic[2]) return 0.0;
+  const double lengths = cell.length[0] + cell.length[1] + cell.length[2];
+  const double radius = std::max(cutoff - lengths, 0.0);
+  const double volume = cell.length[0] * cell.length[1] * cell.length[2] / cell.condition;
+  const double n = static_cast<double>(system.num_atoms);
+  return n * n * (4.0 / 3.0 * 3.14159265358979) * radius * radius * radius / volume / 2.0;  // / 2: half lists
+}
+
 // Cuts the systems into bins and gives each its part of the atoms, of the table of slots and of the notes on the
 // stencil. By all threads of one block.
 template <int kBlock, typename T>
@@ -208,6 +220,9 @@ __device__ inline void make_all_grids(const GpuSearch<T>& s) {
         report(s.state, Fault::shift_overflows, b);
       } else if (reach.images_blur) {
         report(s.state, Fault::images_blur, b);
+      } else if (const double fewest = fewest_pairs(*system, s.cutoff);
+                 fewest > static_cast<double>(s.most_pairs)) {
+        report(s.state, Fault::out_of_memory, static_cast<uint64_t>(std::min(fewest, 1e16)));
       } else {
         double bins = 1.0, stencil = 1.0;
         for (int k = 0; k < 3; ++k) {
@@ -220,7 +235,6 @@ __device__ inline void make_all_grids(const GpuSearch<T>& s) {
         const bool fits = stencil * n <= static_cast<double>(s.segment_capacity);
         segments = fits ? static_cast<Wide>(stencil * n) : 0;
         linkable = linkable && fits && reach.largest_shift <= static_cast<double>(Link::kLargestShift);
-        system->compact = reach.largest_shift <= static_cast<double>(kLargestCompactShift);
         system->stencil = stencil < 9e18 ? static_cast<int64_t>(stencil) : INT64_MAX;
       }
     }

@@ -24,7 +24,7 @@ template <typename T>
 struct CountSink {
   const GpuSearch<T>& s;
   Home<T>& home;
-  Candidates<T>& near;
+  Candidates& near;
   unsigned long long found;
 
   __device__ void begin(int size, int64_t) {
@@ -36,7 +36,7 @@ struct CountSink {
     const uint32_t hits = find_hits(s, home, near, t, first_home, count);
     near.hits[t] = hits;
     // Of (home, candidate) and (candidate, home) a half list keeps one.
-    near.rank[t] += __popc(s.full ? hits : hits & ~kept_in_half(home, hits, load_candidate(s, home, near, t)));
+    near.rank[t] += __popc(s.full ? hits : hits & ~kept_in_half(home, hits, load_candidate(s, near, t)));
   }
   __device__ void write(uint32_t, int, int) {}
   __device__ void end(int size, int64_t n0) {
@@ -69,7 +69,7 @@ struct CountSink {
 template <typename T>
 __global__ __launch_bounds__(kSearchThreads) void count_bins(GpuSearch<T> s) {
   __shared__ Home<T> home;
-  __shared__ Candidates<T> near;
+  __shared__ Candidates near;
   if (s.state->fault != 0) return;
   CountSink<T> sink{s, home, near, 0};
   const uint32_t num_bins = s.state->num_bins;
@@ -139,7 +139,7 @@ template <typename T>
 struct FillSink {
   const GpuSearch<T>& s;
   Home<T>& home;
-  Candidates<T>& near;
+  Candidates& near;
   Rows<T>& rows;
   const GpuPairs<T>& out;
 
@@ -177,7 +177,7 @@ struct FillSink {
     uint32_t hits = 0;
     if (t < size) {
       hits = keeps_hits(home) ? near.hits[t] : find_hits(s, home, near, t, first_home, count);
-      if (!s.full) hits = kept_in_half(home, hits, load_candidate(s, home, near, t));
+      if (!s.full) hits = kept_in_half(home, hits, load_candidate(s, near, t));
       near.hits[t] = hits;
     }
     const int lane = lane_of_thread(), half = lane / 32;
@@ -198,9 +198,9 @@ struct FillSink {
     const int lane = lane_of_thread(), stage = 3 * (static_cast<int>(threadIdx.x) - lane);
     int32_t s0 = 0, s1 = 0, s2 = 0;
     if (lane < count) {
-      s0 = sum(j.shift[0], home.w[a][0]);
-      s1 = sum(j.shift[1], home.w[a][1]);
-      s2 = sum(j.shift[2], home.w[a][2]);
+      s0 = sum(j.image[0], home.w[a][0]);
+      s1 = sum(j.image[1], home.w[a][1]);
+      s2 = sum(j.image[2], home.w[a][2]);
       out.mapping[p + lane] = i.index;
       out.mapping[out.num_pairs + p + lane] = j.index;
       if (out.links != nullptr)
@@ -248,7 +248,7 @@ struct FillSink {
       const auto fetch = [&](int k) {
         if (k + lane >= found) return;
         next_t = queue[k + lane];
-        next = load_candidate(s, home, near, next_t);
+        next = load_candidate(s, near, next_t);
       };
       fetch(0);
       for (int k = 0; k < found; k += width) {
@@ -273,7 +273,7 @@ struct FillSink {
 template <typename T>
 __global__ __launch_bounds__(kSearchThreads) void fill_bins(GpuSearch<T> s, GpuPairs<T> out) {
   __shared__ Home<T> home;
-  __shared__ Candidates<T> near;
+  __shared__ Candidates near;
   __shared__ Rows<T> rows;
   FillSink<T> sink{s, home, near, rows, out};
   const uint32_t num_bins = s.state->num_bins;
@@ -335,6 +335,11 @@ int64_t read_from_device(const int64_t* at, GpuStream stream) {
 void clear_on_device(void* memory, int64_t bytes, GpuStream stream) {
   const hipStream_t on = static_cast<hipStream_t>(stream);
   check_call(hipMemsetAsync(memory, 0, static_cast<size_t>(bytes), on), "hipMemsetAsync");
+}
+
+void fill_nan_on_device(void* memory, int64_t bytes, GpuStream stream) {
+  const hipStream_t on = static_cast<hipStream_t>(stream);
+  check_call(hipMemsetAsync(memory, 0xff, static_cast<size_t>(bytes), on), "hipMemsetAsync");
 }
 
 Summary* summary_of_thread() {

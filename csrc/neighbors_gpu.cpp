@@ -89,7 +89,7 @@ SearchPrices search_prices(int64_t num_atoms) {
   const char* code = codes[static_cast<size_t>(kind)];
   if (kind == Fault::system_idx_out_of_range)
     data_error(code, read_from_device(system_idx + number, stream), number);
-  if (kind == Fault::out_of_memory) data_error(code, summary.num_pairs);
+  if (kind == Fault::out_of_memory) data_error(code, std::max(summary.num_pairs, number));
   data_error(code, number);
 }
 
@@ -296,6 +296,11 @@ std::tuple<Tensor, Tensor> adjoint_of(const Tensor& grad, const GpuPairList& lis
   const int64_t chunks = need_cell ? adjoint_chunks(list.num_atoms, list.num_systems) : 0;
   const Tensor partial_cell = empty(grad, {chunks, 9}, ScalarType::Double);
   if (grad_positions.numel() + grad_cell.numel() == 0) return {grad_positions, grad_cell};
+  // Atoms whose system is out of range are in no chunk of rows. Their vectors were NaN, and so are their
+  // gradients.
+  if (need_positions && list.links == nullptr && order.rows != nullptr)
+    fill_nan_on_device(grad_positions.mutable_data_ptr(),
+                       grad_positions.numel() * static_cast<int64_t>(grad_positions.element_size()), on.stream());
   by_dtype(grad, [&](auto zero) {
     using T = decltype(zero);
     const AdjointOutput<T> out{need_positions ? mutable_data<T>(grad_positions) : nullptr,

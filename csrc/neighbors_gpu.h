@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "pair_geometry.h"
 
@@ -47,7 +48,6 @@ struct GpuSystem {
   uint32_t first_atom, num_atoms;                              // in sorted order
   uint32_t first_slot, num_slots;
   bool hashed;           // more bins than slots: bins share slots
-  bool compact;          // all S fit the few bits they are kept in by the search
   int64_t segment_base;  // of its part of `hits` and `segments`, where they have room for it; else -1
   int64_t stencil;       // number of bins around a bin
 };
@@ -65,14 +65,11 @@ struct Bin {
   uint32_t size;
 };
 
-// S that the search keeps in ten bits an axis.
-constexpr int kLargestCompactShift = 500;
-
 // An atom in sorted order: by system, slot, bin, number.
 template <typename T>
 struct alignas(16) SortedAtom {
   T x, y, z;
-  uint32_t index;  // the caller's number of the atom
+  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t> index;  // the caller's number of the atom; leaves no gap
 };
 
 // The cell the atom was found in, modulo 2^32: only differences enter S. And its system.
@@ -197,6 +194,9 @@ Summary* summary_of_thread();
 
 int64_t read_from_device(const int64_t* at, GpuStream stream);
 void clear_on_device(void* memory, int64_t bytes, GpuStream stream);
+
+// Fills floating-point memory with NaN.
+void fill_nan_on_device(void* memory, int64_t bytes, GpuStream stream);
 
 // ------------------------------------------------------------------------------ vectors and adjoint
 

@@ -22,7 +22,7 @@ namespace diffnl {
 namespace {
 
 constexpr int kSearchThreads = 128;
-constexpr int kTile = 384;  // candidates at once: as many as leave room for several blocks
+constexpr int kTile = 768;  // candidates at once: 27 bins of 28 atoms; a multiple of kSearchThreads
 constexpr int kHome = 32;   // home atoms at once: the bits of a word
 constexpr int kThreadsOfBin = 4;
 constexpr int kTestsAtOnce = 4;
@@ -31,20 +31,17 @@ constexpr int kTestsAtOnce = 4;
 template <typename T>
 struct Home {
   SortedAtom<T> atom[kHome];
-  int32_t w[kHome][3];  // W, counted from that of the first atom of the bin
-  int32_t first_w[3];   // which is this
+  int32_t w[kHome][3];
   T h[9];
   uint32_t first, size;  // the bin
   int64_t bin[3];
   uint32_t system, first_of_system, atoms_of_system;
   int64_t segment_base, stencil;
   uint32_t changes;  // bit a: the home atom a was found in another cell than a - 1
-  bool compact;
   bool abandoned;
 };
 
 // The bins of the stencil, kSearchThreads at once, and the atoms in them, kTile at once.
-template <typename T>
 struct Candidates {
   uint32_t first[kSearchThreads];    // first atom of the bin
   uint32_t size[kSearchThreads];     // number of its atoms
@@ -53,11 +50,8 @@ struct Candidates {
   bool is_home[kSearchThreads];      // m = 0: a home atom may meet itself
   uint32_t atom[kTile];
   uint8_t bin[kTile];
-  T x[kTile], y[kTile], z[kTile];
-  uint32_t index[kTile];
-  uint32_t shift[kTile];  // S seen from the first home atom, ten bits an axis, where the system is compact
-  uint32_t hits[kTile];   // bit a: neighbour of home atom a
-  uint32_t rank[kTile];   // pairs of the candidate's row before those with the home atoms at hand
+  uint32_t hits[kTile];  // bit a: neighbour of home atom a
+  uint32_t rank[kTile];  // pairs of the candidate's row before those with the home atoms at hand
 };
 
 // Candidates by the thousand are cheap to skip, images by the million are not: bins further from the home bin than
@@ -127,58 +121,26 @@ template <typename T>
 struct Candidate {
   Vec3<T> r;
   uint32_t index;
-  int32_t shift[3];  // S seen from the first home atom
+  int32_t image[3];  // m - W_j: add W_i for S
 };
 
-constexpr int kShiftBits = 10, kShiftBias = 1 << (kShiftBits - 1);
-
-// m - W_j + W_first for candidate t, from where the atoms are.
 template <typename T>
-__device__ inline void find_shift(const GpuSearch<T>& s, const Home<T>& home, const Candidates<T>& near, int t,
-                                  int32_t (&shift)[3]) {
-  const SortedPlace place = s.places[near.atom[t]];
+__device__ inline Candidate<T> load_candidate(const GpuSearch<T>& s, const Candidates& near, int t) {
+  const uint32_t c = near.atom[t];
+  const SortedAtom<T> j = s.atoms[c];
+  const SortedPlace place = s.places[c];
   const int32_t* m = near.image[near.bin[t]];
-  shift[0] = sum(difference(m[0], place.w0), home.first_w[0]);
-  shift[1] = sum(difference(m[1], place.w1), home.first_w[1]);
-  shift[2] = sum(difference(m[2], place.w2), home.first_w[2]);
-}
-
-// Candidate t of the tile comes from global memory once. Later hands read it from shared memory: there are many.
-template <typename T>
-__device__ inline void gather_candidate(const GpuSearch<T>& s, const Home<T>& home, Candidates<T>& near, int t) {
-  const SortedAtom<T> j = s.atoms[near.atom[t]];
-  int32_t shift[3];
-  find_shift(s, home, near, t, shift);
-  near.x[t] = j.x;
-  near.y[t] = j.y;
-  near.z[t] = j.z;
-  near.index[t] = j.index;
-  near.shift[t] = static_cast<uint32_t>(shift[0] + kShiftBias) |
-                  static_cast<uint32_t>(shift[1] + kShiftBias) << kShiftBits |
-                  static_cast<uint32_t>(shift[2] + kShiftBias) << (2 * kShiftBits);
-}
-
-template <typename T>
-__device__ inline Candidate<T> load_candidate(const GpuSearch<T>& s, const Home<T>& home,
-                                              const Candidates<T>& near, int t) {
-  Candidate<T> j{{near.x[t], near.y[t], near.z[t]}, near.index[t], {0, 0, 0}};
-  if (home.compact) {
-    const uint32_t packed = near.shift[t], mask = (1u << kShiftBits) - 1;
-    j.shift[0] = static_cast<int32_t>(packed & mask) - kShiftBias;
-    j.shift[1] = static_cast<int32_t>(packed >> kShiftBits & mask) - kShiftBias;
-    j.shift[2] = static_cast<int32_t>(packed >> (2 * kShiftBits)) - kShiftBias;
-  } else {
-    find_shift(s, home, near, t, j.shift);
-  }
-  return j;
+  return {{j.x, j.y, j.z},
+          static_cast<uint32_t>(j.index),
+          {difference(m[0], place.w0), difference(m[1], place.w1), difference(m[2], place.w2)}};
 }
 
 // S @ h for home atom a and a candidate.
 template <typename T>
 __device__ inline Vec3<T> translation_of(const Home<T>& home, int a, const Candidate<T>& j) {
   const int32_t* w = home.w[a];
-  return translation(home.h, static_cast<T>(sum(j.shift[0], w[0])), static_cast<T>(sum(j.shift[1], w[1])),
-                     static_cast<T>(sum(j.shift[2], w[2])));
+  return translation(home.h, static_cast<T>(sum(j.image[0], w[0])), static_cast<T>(sum(j.image[1], w[1])),
+                     static_cast<T>(sum(j.image[2], w[2])));
 }
 
 // Bit a: the candidate, seen from home atom a, passes the test. Behind the last home atom are NaNs, which pass
@@ -212,8 +174,8 @@ __device__ inline uint32_t kept_in_half(const Home<T>& home, uint32_t hits, cons
   for (uint32_t left = hits; left != 0; left &= left - 1) {
     const int a = lowest_bit(left);
     const int32_t* w = home.w[a];
-    const bool keep =
-        in_half(home.atom[a].index, j.index, sum(j.shift[0], w[0]), sum(j.shift[1], w[1]), sum(j.shift[2], w[2]));
+    const bool keep = in_half(static_cast<int64_t>(home.atom[a].index), j.index, sum(j.image[0], w[0]),
+                              sum(j.image[1], w[1]), sum(j.image[2], w[2]));
     kept |= static_cast<uint32_t>(keep) << a;
   }
   return kept;
@@ -222,16 +184,16 @@ __device__ inline uint32_t kept_in_half(const Home<T>& home, uint32_t hits, cons
 // Where candidate t of the tile keeps what it knows of the home bin, which is as far from it as it is from the
 // home bin, in the opposite direction. Bin 0 at hand is bin n0 of the home bin's stencil.
 template <typename T>
-__device__ inline int64_t segment_of(const Home<T>& home, const Candidates<T>& near, int t, int64_t n0) {
+__device__ inline int64_t segment_of(const Home<T>& home, const Candidates& near, int t, int64_t n0) {
   const int64_t opposite = home.stencil - 1 - (n0 + near.bin[t]);
   return home.segment_base + opposite * int64_t(home.atoms_of_system) + (near.atom[t] - home.first_of_system);
 }
 
 // The hits of candidate t of the tile by the exact test.
 template <typename T>
-__device__ inline uint32_t find_hits(const GpuSearch<T>& s, const Home<T>& home, const Candidates<T>& near, int t,
+__device__ inline uint32_t find_hits(const GpuSearch<T>& s, const Home<T>& home, const Candidates& near, int t,
                                      uint32_t first_home, int count) {
-  const Candidate<T> j = load_candidate(s, home, near, t);
+  const Candidate<T> j = load_candidate(s, near, t);
   uint32_t hits = test_candidate(home, count, j, s.cutoff2);
   // (i, i, S = 0) is no pair.
   const uint32_t own = near.atom[t] - (home.first + first_home);
@@ -257,20 +219,14 @@ __device__ inline void enter_bin(const GpuSearch<T>& s, Bin bin, Home<T>& home) 
     home.atoms_of_system = system.num_atoms;
     home.segment_base = system.segment_base;
     home.stencil = system.stencil;
-    home.compact = system.compact;
     home.abandoned = false;
-    const SortedPlace place = s.places[bin.first];
-    home.first_w[0] = place.w0;
-    home.first_w[1] = place.w1;
-    home.first_w[2] = place.w2;
   }
   __syncthreads();
   if (threadIdx.x < 9) home.h[threadIdx.x] = s.cell[9 * int64_t(home.system) + threadIdx.x];
 }
 
 // Lists candidates begin .. begin + size of the bins at hand: a few threads copy the atoms of each bin.
-template <typename T>
-__device__ inline void list_candidates(Candidates<T>& near, int bins, uint32_t begin, uint32_t size) {
+__device__ inline void list_candidates(Candidates& near, int bins, uint32_t begin, uint32_t size) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int n = thread / kThreadsOfBin; n < bins; n += kSearchThreads / kThreadsOfBin) {
     const uint32_t first = std::max(near.before[n], begin);
@@ -296,9 +252,9 @@ __device__ inline void load_home(const GpuSearch<T>& s, Home<T>& home, uint32_t 
   const uint32_t a = home.first + first_home + thread;
   const SortedPlace place = s.places[a], previous = s.places[thread > 0 ? a - 1 : a];
   home.atom[thread] = s.atoms[a];
-  home.w[thread][0] = difference(place.w0, home.first_w[0]);
-  home.w[thread][1] = difference(place.w1, home.first_w[1]);
-  home.w[thread][2] = difference(place.w2, home.first_w[2]);
+  home.w[thread][0] = place.w0;
+  home.w[thread][1] = place.w1;
+  home.w[thread][2] = place.w2;
   if (place.w0 != previous.w0 || place.w1 != previous.w1 || place.w2 != previous.w2)
     atomicAdd(&home.changes, 1u << thread);
 }
@@ -311,8 +267,7 @@ __device__ inline void load_home(const GpuSearch<T>& s, Home<T>& home, uint32_t 
 //   end(size, n0)                       all home atoms have seen the tile
 //   too_many()                          whether to give up; asked where a bin may find pairs without end
 template <typename T, typename Sink>
-__device__ inline void traverse_bin(const GpuSearch<T>& s, Bin bin, Home<T>& home, Candidates<T>& near,
-                                    Sink& sink) {
+__device__ inline void traverse_bin(const GpuSearch<T>& s, Bin bin, Home<T>& home, Candidates& near, Sink& sink) {
   const int thread = static_cast<int>(threadIdx.x);
   enter_bin(s, bin, home);
   const GpuSystem& system = s.systems[home.system];
@@ -333,7 +288,6 @@ __device__ inline void traverse_bin(const GpuSearch<T>& s, Bin bin, Home<T>& hom
       const int size = static_cast<int>(std::min(num_candidates - begin, static_cast<uint32_t>(kTile)));
       list_candidates(near, bins, begin, size);
       __syncthreads();
-      for (int t = thread; t < size; t += kSearchThreads) gather_candidate(s, home, near, t);
       sink.begin(size, n0);
       for (uint32_t first_home = 0; first_home < home.size; first_home += kHome) {
         const int count = static_cast<int>(std::min(home.size - first_home, static_cast<uint32_t>(kHome)));

@@ -73,11 +73,13 @@ def linked_neighbor_pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The full list as `neighbor_pairs` gives it, then links (P,) and rows (2 N + B + 2,) int64.
 
-    Links and rows are opaque: they stand for mapping and shifts in `linked_vectors` and `linked_adjoint`. Both
-    are empty where the list cannot be linked (|S| > 31, or 16,384 pairs of one atom).
+    Links and rows are opaque: they stand for mapping and shifts in `linked_vectors` and `linked_adjoint`.
+    Both are empty where the list cannot be linked (|S| > 31, or 16,384 pairs of one atom).
     """
     try:
-        return torch.ops.diffnl.linked_neighbor_pairs.default(positions, cell, pbc, system_idx, cutoff, sorted)
+        return torch.ops.diffnl.linked_neighbor_pairs.default(
+            positions, cell, pbc, system_idx, cutoff, sorted
+        )
     except RuntimeError as error:
         _validate.raise_data_error(error, positions, cell)
         raise
@@ -180,13 +182,13 @@ def _(grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions=
 @torch.library.register_fake("diffnl::linked_neighbor_pairs")
 def _(positions, cell, pbc, system_idx, cutoff, sorted=False):
     num_pairs = torch.library.get_ctx().new_dynamic_size()
-    num_links = torch.library.get_ctx().new_dynamic_size()
+    num_rows = 2 * positions.shape[0] + _validate.num_systems(cell) + 2
     return (
         positions.new_empty((2, num_pairs), dtype=torch.int64),
         positions.new_empty((num_pairs, 3), dtype=torch.int32),
         positions.new_empty((num_pairs, 3)),
-        positions.new_empty((num_links,), dtype=torch.int64),
-        positions.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64),
+        positions.new_empty((num_pairs,), dtype=torch.int64),
+        positions.new_empty((num_rows,), dtype=torch.int64),
     )
 
 

@@ -128,8 +128,7 @@ def systems(
     systems = num_systems(cell)
     if pbc.ndim == 2 and pbc.shape[0] != systems:
         raise ValueError(
-            f"`pbc` must have shape (3,) or (B, 3) with B = {systems}, the number of cells; "
-            f"got {_shape(pbc)}"
+            f"`pbc` must have shape (3,) or (B, 3) with B = {systems}, the number of cells; got {_shape(pbc)}"
         )
     if systems == 0 and positions.shape[0] > 0:
         raise ValueError(
@@ -143,7 +142,7 @@ def systems(
 
 
 def system_of_atom(system_idx_value: Tensor | None, cell: Tensor, positions: Tensor) -> Tensor | None:
-    """`system_idx` for the B cells of `cell`, with its values checked; None where all atoms are in one system."""
+    """`system_idx` for the B cells of `cell`, its values checked; None where all atoms are in one system."""
     index = system_idx(system_idx_value, positions)
     systems(cell, pbc(None, positions), index, positions)
     if index is None or index.numel() == 0:

@@ -161,7 +161,7 @@ class Search(Function):
 class LinkedSearch(Search):
     """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ... -> what Search returns for a full list, links, rows.
 
-    The backward keeps the links and not mapping and shifts, which are then freed as soon as nobody holds them.
+    The backward keeps the links, not mapping and shifts, which are then freed as soon as nobody holds them.
     """
 
     @staticmethod
@@ -177,7 +177,9 @@ class LinkedSearch(Search):
         ctx.cell_shape = cell.shape
         ctx.mark_non_differentiable(mapping, shifts, links, rows)
         ctx.set_materialize_grads(False)
-        pair_list = (links, rows) if links.numel() > 0 else (mapping, shifts)
+        count = links.shape[0]
+        linked = isinstance(count, torch.SymInt) or count > 0
+        pair_list = (links, rows) if linked else (mapping, shifts)
         _save_list(ctx, *pair_list, system_idx, uses_cell=ctx.needs_input_grad[1])
 
     @staticmethod

@@ -75,7 +75,8 @@ def forces_and_stress(
             from_positions = (positions.mT @ grad_positions).expand_as(cell)
         else:
             outer = positions.unsqueeze(2) * grad_positions.unsqueeze(1)
-            from_positions = torch.zeros_like(cell).index_add(0, system_idx, outer)
+            # index_put adds up in a fixed order; index_add uses float atomics on a GPU.
+            from_positions = torch.zeros_like(cell).index_put((system_idx,), outer, accumulate=True)
         strain_gradient = from_positions + cell.mT @ grad_cell
         volume = torch.linalg.det(cell).abs()[..., None, None]
         return -grad_positions, 0.5 * (strain_gradient + strain_gradient.mT) / volume

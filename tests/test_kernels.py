@@ -77,7 +77,7 @@ def sparse():
 
 
 def batches():
-    """(owner, positions) of many systems, of one large among small ones, and of hardly any atom."""
+    """Many systems, one large among small ones, and hardly any atom or system."""
     generator = seeded(65)
     counts = torch.randint(0, 4, (300,), generator=generator) * (torch.rand(300, generator=generator) < 0.6)
     shapes = 3.0 * torch.eye(3, dtype=torch.float64) + 0.5 * torch.randn(
@@ -92,10 +92,10 @@ def batches():
     yield _batch("one_large_among_small", counts, cells, ALL, 3.0)
     yield _batch("two_alike", torch.tensor([90, 90]), tensor(cubic(8.0)).repeat(2, 1, 1), ALL, 3.0)
 
-    lone, cells = scatter(1, cubic(1.0), 66), tensor(cubic(1.0)).repeat(300, 1, 1)
-    yield System("last_of_300", lone, cells, ALL, (2.5,), torch.tensor([299]))
+    lone, cells = scatter(1, cubic(1.0), 66), tensor(cubic(1.0)).repeat(40, 1, 1)
+    yield System("last_of_40", lone, cells, ALL, (2.5,), torch.tensor([39]))
     yield System("one_of_one", lone, cells[:1], ALL, (2.5,), torch.tensor([0]))
-    yield System("no_atoms_300", lone[:0], cells, ALL, (2.5,), torch.tensor([], dtype=torch.int64))
+    yield System("no_atoms_40", lone[:0], cells, ALL, (2.5,), torch.tensor([], dtype=torch.int64))
     yield System("no_systems", lone[:0], cells[:0], ALL, (2.5,))
 
 
