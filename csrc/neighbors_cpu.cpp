@@ -208,9 +208,13 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
           // The bin's own atoms are all near, so they follow each other in the tile too.
           const int32_t* own = std::lower_bound(entries, entries + taken, first - begin);
           if (own != entries + taken && *own < last - begin) {
-            tile.home_first = begin + *own;
-            tile.home_last = std::min(last, tile.home_first + (entries + taken - own));
-            tile.home_shift = tile.home_first - (tile.size + (own - entries));
+            const int64_t first_own = begin + *own;
+            // Where they come in two pieces, the second goes on where the first ended.
+            if (tile.home_first == tile.home_last) {
+              tile.home_first = first_own;
+              tile.home_shift = first_own - (tile.size + (own - entries));
+            }
+            tile.home_last = std::min(last, first_own + (entries + taken - own));
           }
         }
         for (int n = 0; n < taken; ++n) {

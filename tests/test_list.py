@@ -74,6 +74,17 @@ def test_full_list_is_symmetric(name, dtype, device):
             assert torch.equal(ours, theirs)
 
 
+def test_no_atom_of_a_crowded_bin_is_its_own_neighbour(dtype, device):
+    """More atoms in a bin than the CPU tests at once (1,024), behind candidates from other bins."""
+    box = cubic(46.0)
+    crowd = torch.cat([scatter(1_100, cubic(1.5), 7), scatter(900, box, 9)])
+    positions, cell = crowd.to(device, dtype), tensor(box).to(device, dtype)
+    full = diffnl.neighbor_pairs(positions, cell, True, 1.7)
+    half = diffnl.neighbor_pairs(positions, cell, True, 1.7, full=False)
+    assert full.mapping.shape[1] == 2 * half.mapping.shape[1] > 10**6
+    assert not ((full.mapping[0] == full.mapping[1]) & (full.shifts == 0).all(1)).any()
+
+
 @named
 def test_half_list_holds_one_of_each_two(name, dtype, device):
     system = SYSTEMS[name].posed("outside")
