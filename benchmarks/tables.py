@@ -157,7 +157,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         panel.set_ylabel("time (ms)" if unit == "ms" else f"peak memory{growth} (MB)")
         panel.grid(True, which="major", alpha=0.3)
         low, high = panel.get_xlim()
-        panel.set_xlim(low, high * (high / low) ** 0.35)  # room for the labels inside the frame
+        panel.set_xlim(low, high * (high / low) ** 0.5)  # room for the labels inside the frame
         ends.sort()
         bottom, top = (math.log10(limit) for limit in panel.get_ylim())
         gap = 0.055 * (top - bottom)
