@@ -42,7 +42,13 @@ except ImportError as error:
     )
 
 BACKENDS = ("cpu", "cuda", "hip", "hostgpu")
-KERNELS = ["cell_list_gpu.hip", "neighbors.hip", "pair_vectors_gpu.hip", "sorted_rows_gpu.hip"]
+KERNELS = [
+    "cell_list_gpu.hip",
+    "neighbors.hip",
+    "pair_vectors_gpu.hip",
+    "scan_gpu.hip",
+    "sorted_rows_gpu.hip",
+]
 CPU = ["ops.cpp", "ops_cpu.cpp", "cell_list.cpp", "tile.cpp", "neighbors_cpu.cpp", "pair_vectors_cpu.cpp"]
 SOURCES = {
     "cpu": CPU,

@@ -17,11 +17,8 @@ namespace diffnl {
 
 namespace {
 
-constexpr int kScanItems = 8;  // numbers a thread adds up in a scan
-constexpr int64_t kScanBlock = int64_t(kThreads) * kScanItems;
 constexpr int kSmallThreads = 512;  // one block does it all
 constexpr int64_t kSmall = 2048;    // for as many atoms and systems
-constexpr int64_t kSmallScan = 8192;
 
 // ---------------------------------------------------------------------------------------- faults
 
@@ -305,24 +302,6 @@ __device__ inline void order_atom(const GpuSearch<T>& s, int64_t t) {
   if (before == 0) s.bins[atomicAdd(&s.state->num_bins, 1u)] = {place, size};
 }
 
-// Exclusive sum by all threads of one block, with offsets[size] = total; `largest`, unless null, is raised.
-template <int kBlock, typename Offset>
-__device__ inline void scan_in_block(const uint32_t* counts, int64_t size, Offset* offsets, uint32_t* largest) {
-  unsigned long long before = 0;
-  unsigned most = 0;
-  for (int64_t k0 = 0; k0 < size; k0 += kBlock) {
-    const int64_t k = k0 + threadIdx.x;
-    const uint32_t count = k < size ? counts[k] : 0;
-    unsigned long long total;
-    const unsigned long long own = block_exclusive_sum<kBlock>(static_cast<unsigned long long>(count), total);
-    if (k < size) offsets[k] = static_cast<Offset>(before + own);
-    before += total;
-    most = std::max(most, count);
-  }
-  if (threadIdx.x == 0) offsets[size] = static_cast<Offset>(before);
-  if (largest != nullptr && most > 0) atomicMax(largest, most);
-}
-
 // ----------------------------------------------------------------------------------------- kernels
 
 template <typename T>
@@ -380,79 +359,7 @@ __global__ __launch_bounds__(kSmallThreads) void file_small(GpuSearch<T> s) {
   for (int64_t t = first; t < s.num_atoms; t += kSmallThreads) order_atom(s, t);
 }
 
-// ------------------------------------------------------------------------------------------- scan
-
-struct Sum {
-  __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const { return a + b; }
-};
-
-struct Max {
-  __device__ unsigned operator()(unsigned a, unsigned b) const { return std::max(a, b); }
-};
-
-// partial_sums[block] = sum of one block's counts.
-__global__ __launch_bounds__(kThreads) void sum_counts(const uint32_t* counts, int64_t size,
-                                                       uint64_t* partial_sums, uint32_t* largest) {
-  const int64_t first = int64_t(blockIdx.x) * kScanBlock;
-  unsigned long long sum = 0;
-  unsigned most = 0;
-  for (int64_t k = first + threadIdx.x; k < std::min(first + kScanBlock, size); k += kThreads) {
-    sum += counts[k];
-    most = std::max(most, counts[k]);
-  }
-  sum = block_reduce<kThreads>(sum, Sum());
-  if (threadIdx.x == 0) partial_sums[blockIdx.x] = sum;
-  if (largest == nullptr) return;
-  most = block_reduce<kThreads>(most, Max());
-  if (threadIdx.x == 0 && most > 0) atomicMax(largest, most);
-}
-
-// Each block adds up the sums of the blocks before it by itself: they are few.
-template <typename Offset>
-__global__ __launch_bounds__(kThreads) void scan_block(const uint32_t* counts, int64_t size,
-                                                       const uint64_t* partial_sums, Offset* offsets) {
-  __shared__ uint64_t shared_before;
-  unsigned long long sum = 0;
-  for (unsigned k = threadIdx.x; k < blockIdx.x; k += kThreads) sum += partial_sums[k];
-  sum = block_reduce<kThreads>(sum, Sum());
-  if (threadIdx.x == 0) shared_before = sum;
-  __syncthreads();
-  uint64_t before = shared_before;
-  const int64_t first = int64_t(blockIdx.x) * kScanBlock;
-  for (int64_t k0 = first; k0 < std::min(first + kScanBlock, size); k0 += kThreads) {
-    const int64_t k = k0 + threadIdx.x;
-    unsigned long long total;
-    const unsigned long long own = block_exclusive_sum<kThreads>(k < size ? counts[k] : 0ull, total);
-    if (k < size) offsets[k] = static_cast<Offset>(before + own);
-    before += total;
-  }
-  if (threadIdx.x == 0 && first + kScanBlock >= size) offsets[size] = static_cast<Offset>(before);
-}
-
-template <typename Offset>
-__global__ __launch_bounds__(kSmallThreads) void scan_small(const uint32_t* counts, int64_t size, Offset* offsets,
-                                                            uint32_t* largest) {
-  scan_in_block<kSmallThreads>(counts, size, offsets, largest);
-}
-
 }  // namespace
-
-int64_t partial_sums_for(int64_t size) { return blocks_for(size, kScanBlock); }
-
-template <typename Offset>
-void scan_counts(const uint32_t* counts, int64_t size, uint64_t* partial_sums, Offset* offsets, uint32_t* largest,
-                 GpuStream stream) {
-  if (size <= kSmallScan) {
-    DIFFNL_LAUNCH(scan_small<Offset>, 1, kSmallThreads, stream, counts, size, offsets, largest);
-    return;
-  }
-  const int64_t blocks = partial_sums_for(size);
-  DIFFNL_LAUNCH(sum_counts, blocks, kThreads, stream, counts, size, partial_sums, largest);
-  DIFFNL_LAUNCH(scan_block<Offset>, blocks, kThreads, stream, counts, size, partial_sums, offsets);
-}
-
-template void scan_counts(const uint32_t*, int64_t, uint64_t*, uint32_t*, uint32_t*, GpuStream);
-template void scan_counts(const uint32_t*, int64_t, uint64_t*, int64_t*, uint32_t*, GpuStream);
 
 template <typename T>
 void build_cell_list(const GpuSearch<T>& s, GpuStream stream) {

@@ -5,4 +5,5 @@
 #include "cell_list_gpu.hip"
 #include "neighbors.hip"
 #include "pair_vectors_gpu.hip"
+#include "scan_gpu.hip"
 #include "sorted_rows_gpu.hip"

@@ -1,0 +1,87 @@
+// Exclusive sums of counts: where the atoms of a slot begin, where a row of the list begins.
+
+#include "gpu.h"
+#include "neighbors_gpu.h"
+
+namespace diffnl {
+
+namespace {
+
+constexpr int kScanItems = 8;  // numbers a thread adds up in a scan
+constexpr int64_t kScanBlock = int64_t(kThreads) * kScanItems;
+constexpr int kOneBlock = 512;        // one block does it all
+constexpr int64_t kFewCounts = 8192;  // for as many counts
+
+struct Sum {
+  __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const { return a + b; }
+};
+
+struct Max {
+  __device__ unsigned operator()(unsigned a, unsigned b) const { return std::max(a, b); }
+};
+
+// partial_sums[block] = sum of one block's counts.
+__global__ __launch_bounds__(kThreads) void sum_counts(const uint32_t* counts, int64_t size,
+                                                       uint64_t* partial_sums, uint32_t* largest) {
+  const int64_t first = int64_t(blockIdx.x) * kScanBlock;
+  unsigned long long sum = 0;
+  unsigned most = 0;
+  for (int64_t k = first + threadIdx.x; k < std::min(first + kScanBlock, size); k += kThreads) {
+    sum += counts[k];
+    most = std::max(most, counts[k]);
+  }
+  sum = block_reduce<kThreads>(sum, Sum());
+  if (threadIdx.x == 0) partial_sums[blockIdx.x] = sum;
+  if (largest == nullptr) return;
+  most = block_reduce<kThreads>(most, Max());
+  if (threadIdx.x == 0 && most > 0) atomicMax(largest, most);
+}
+
+// Each block adds up the sums of the blocks before it by itself: they are few.
+template <typename Offset>
+__global__ __launch_bounds__(kThreads) void scan_block(const uint32_t* counts, int64_t size,
+                                                       const uint64_t* partial_sums, Offset* offsets) {
+  __shared__ uint64_t shared_before;
+  unsigned long long sum = 0;
+  for (unsigned k = threadIdx.x; k < blockIdx.x; k += kThreads) sum += partial_sums[k];
+  sum = block_reduce<kThreads>(sum, Sum());
+  if (threadIdx.x == 0) shared_before = sum;
+  __syncthreads();
+  uint64_t before = shared_before;
+  const int64_t first = int64_t(blockIdx.x) * kScanBlock;
+  for (int64_t k0 = first; k0 < std::min(first + kScanBlock, size); k0 += kThreads) {
+    const int64_t k = k0 + threadIdx.x;
+    unsigned long long total;
+    const unsigned long long own = block_exclusive_sum<kThreads>(k < size ? counts[k] : 0ull, total);
+    if (k < size) offsets[k] = static_cast<Offset>(before + own);
+    before += total;
+  }
+  if (threadIdx.x == 0 && first + kScanBlock >= size) offsets[size] = static_cast<Offset>(before);
+}
+
+template <typename Offset>
+__global__ __launch_bounds__(kOneBlock) void scan_small(const uint32_t* counts, int64_t size, Offset* offsets,
+                                                        uint32_t* largest) {
+  scan_in_block<kOneBlock>(counts, size, offsets, largest);
+}
+
+}  // namespace
+
+int64_t partial_sums_for(int64_t size) { return blocks_for(size, kScanBlock); }
+
+template <typename Offset>
+void scan_counts(const uint32_t* counts, int64_t size, uint64_t* partial_sums, Offset* offsets, uint32_t* largest,
+                 GpuStream stream) {
+  if (size <= kFewCounts) {
+    DIFFNL_LAUNCH(scan_small<Offset>, 1, kOneBlock, stream, counts, size, offsets, largest);
+    return;
+  }
+  const int64_t blocks = partial_sums_for(size);
+  DIFFNL_LAUNCH(sum_counts, blocks, kThreads, stream, counts, size, partial_sums, largest);
+  DIFFNL_LAUNCH(scan_block<Offset>, blocks, kThreads, stream, counts, size, partial_sums, offsets);
+}
+
+template void scan_counts(const uint32_t*, int64_t, uint64_t*, uint32_t*, uint32_t*, GpuStream);
+template void scan_counts(const uint32_t*, int64_t, uint64_t*, int64_t*, uint32_t*, GpuStream);
+
+}  // namespace diffnl
