@@ -152,14 +152,14 @@ def cxx_flags(backend: str, archs: list[str]) -> list[str]:
     ]
     if backend in ("cuda", "hip"):
         # torch's header declares the call for the current stream under USE_CUDA, ROCm's included.
-        flags += ["-DDIFFNL_GPU", "-DUSE_CUDA"]
+        flags += ["-DUSE_CUDA"]
     if backend == "hostgpu":
         wave = os.environ.get("DIFFNL_WAVE", "32")
         if wave not in ("32", "64"):
             sys.exit(f"DIFFNL_WAVE must be 32 or 64; got {wave!r}.")
         # An installed HIP lies in the compiler's own folders, which come after these. Ninja runs elsewhere.
         flags += [f"-I{Path('tests/hostgpu').resolve()}", f"-I{Path('csrc').resolve()}"]
-        flags += ["-DDIFFNL_GPU", "-DDIFFNL_HOSTGPU", f"-DDIFFNL_WAVE={wave}"]
+        flags += ["-DDIFFNL_HOSTGPU", f"-DDIFFNL_WAVE={wave}"]
     return flags
 
 
@@ -175,9 +175,6 @@ def device_flags(backend: str) -> list[str]:
             "--expt-relaxed-constexpr",
             "--threads=0",  # architectures in parallel
             *(f"--compiler-options={flag}" for flag in host),
-            *TORCH_ABI,
-            "-DDIFFNL_GPU",
-            "-DUSE_CUDA",
         ]
     if backend == "hip":
         # torch has ninja follow no headers of a .hip. The fingerprint changes the command when one changes.
@@ -188,7 +185,6 @@ def device_flags(backend: str) -> list[str]:
             "-Wall",
             "-fvisibility=hidden",
             EXACT,
-            "-DDIFFNL_GPU",
             f"-DDIFFNL_HEADERS={zlib.crc32(headers)}",
         ]
     return []

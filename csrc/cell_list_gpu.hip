@@ -25,7 +25,7 @@ constexpr int64_t kSmall = 2048;    // for as many atoms and systems
 // The first fault wins: kinds in the order of `Fault`, then the smallest number. Inverted, so that zeroed memory
 // means none and atomicMax keeps the first.
 __device__ inline void report(SearchState* state, Fault kind, uint64_t number) {
-  atomicMax(&state->fault, ~(static_cast<unsigned long long>(kind) << 56 | number));
+  atomicMax(&state->fault, ~static_cast<unsigned long long>(pack_fault(kind, number)));
 }
 
 // ------------------------------------------------------------------------------- ranges by atomics
@@ -352,7 +352,8 @@ __global__ __launch_bounds__(kSmallThreads) void file_small(GpuSearch<T> s) {
   if (s.state->fault != 0) return;
   for (int64_t i = first; i < s.num_atoms; i += kSmallThreads) bin_atom(s, i);
   __syncthreads();
-  scan_in_block<kSmallThreads>(s.slot_counts, s.num_slots, s.slot_starts, static_cast<uint32_t*>(nullptr));
+  const unsigned long long last = scan_in_block<kSmallThreads>(s.slot_counts, s.num_slots, 0, s.slot_starts);
+  if (threadIdx.x == 0) s.slot_starts[s.num_slots] = static_cast<uint32_t>(last);
   __syncthreads();
   for (int64_t i = first; i < s.num_atoms; i += kSmallThreads) place_atom(s, i);
   __syncthreads();

@@ -140,22 +140,23 @@ __device__ inline T block_exclusive_sum(T value, T& total) {
   return before + sum - value;
 }
 
-// Exclusive sum by all threads of one block, with offsets[size] = total; `largest`, unless null, is raised.
+// Exclusive sum of counts[0 .. size) by all threads of one block, starting at `before`; returns where it ends.
+// `largest`, unless null, is raised to the largest count.
 template <int kBlock, typename Offset>
-__device__ inline void scan_in_block(const uint32_t* counts, int64_t size, Offset* offsets, uint32_t* largest) {
-  unsigned long long before = 0;
+__device__ inline unsigned long long scan_in_block(const uint32_t* counts, int64_t size, unsigned long long before,
+                                                   Offset* offsets, uint32_t* largest = nullptr) {
   unsigned most = 0;
   for (int64_t k0 = 0; k0 < size; k0 += kBlock) {
     const int64_t k = k0 + threadIdx.x;
-    const uint32_t count = k < size ? counts[k] : 0;
     unsigned long long total;
+    const uint32_t count = k < size ? counts[k] : 0;
     const unsigned long long own = block_exclusive_sum<kBlock>(static_cast<unsigned long long>(count), total);
     if (k < size) offsets[k] = static_cast<Offset>(before + own);
     before += total;
     most = std::max(most, count);
   }
-  if (threadIdx.x == 0) offsets[size] = static_cast<Offset>(before);
   if (largest != nullptr && most > 0) atomicMax(largest, most);
+  return before;
 }
 
 // combine(a, b) over all threads of a block, in an order that depends on kThreads alone, not on the width of a

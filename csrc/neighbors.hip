@@ -1,8 +1,9 @@
 // The search on a GPU: two sinks of the traversal in traverse_gpu.h.
 //
-// Count: the bits of one candidate are its own row's pairs with the home bin. Their number is added to its row,
-// and kept in `segments`, one entry for each (bin of the stencil, atom). Fill: the bit matrix is turned, 32 x 32
-// bits at a time, and waves write its columns as rows of the list.
+// Count: the bits of one candidate are its own row's pairs with the home bin. Their number is added to its row and
+// kept in `segments`, the word in `hits`, one for each (bin of the stencil, atom). Fill: reads the words, or tests
+// again where there was no room for them; turns the bit matrix, 32 x 32 bits at a time; and waves write its
+// columns as rows of the list.
 //
 // Links (neighbors_gpu.h): the rank of the reverse pair (c, home, -S) in row c is the number of pairs of row c in
 // earlier bins of its stencil, which is an exclusive sum over its segments, plus the number of bits below in its
@@ -107,7 +108,7 @@ __device__ inline void tell_host(const GpuSearch<T>& s, int64_t num_pairs) {
   out.num_pairs = num_pairs;
   out.fault = s.state->fault == 0 ? 0 : ~static_cast<uint64_t>(s.state->fault);
   if (s.state->abandoned != 0 && out.fault == 0) {
-    out.fault = static_cast<uint64_t>(Fault::out_of_memory) << 56;
+    out.fault = pack_fault(Fault::out_of_memory, 0);
     out.num_pairs = static_cast<int64_t>(s.state->num_counted);
   }
   out.num_bins = s.state->num_bins;
@@ -332,14 +333,9 @@ int64_t read_from_device(const int64_t* at, GpuStream stream) {
   return value;
 }
 
-void clear_on_device(void* memory, int64_t bytes, GpuStream stream) {
+void set_on_device(void* memory, int byte, int64_t bytes, GpuStream stream) {
   const hipStream_t on = static_cast<hipStream_t>(stream);
-  check_call(hipMemsetAsync(memory, 0, static_cast<size_t>(bytes), on), "hipMemsetAsync");
-}
-
-void fill_nan_on_device(void* memory, int64_t bytes, GpuStream stream) {
-  const hipStream_t on = static_cast<hipStream_t>(stream);
-  check_call(hipMemsetAsync(memory, 0xff, static_cast<size_t>(bytes), on), "hipMemsetAsync");
+  check_call(hipMemsetAsync(memory, byte, static_cast<size_t>(bytes), on), "hipMemsetAsync");
 }
 
 Summary* summary_of_thread() {

@@ -62,9 +62,9 @@ class Workspace {
   std::optional<Tensor> memory_;
 };
 
-// Bins of the stencil that links may count on, summed over all atoms. One atom in a tiny cell has hundreds around
-// it; where atoms are many, 27 must do. It also bounds how narrow bins may be, with links or without: the order of
-// a row must not depend on who asks for a gradient.
+// How many notes on the bins of their stencils the search can keep of all atoms. One atom in a tiny cell has
+// hundreds of bins around it; where atoms are many, 27 must do. It also bounds how narrow bins may be, with links
+// or without: the order of a row must not depend on who asks for a gradient.
 int64_t segment_capacity(int64_t num_atoms) {
   constexpr int64_t plenty = int64_t(1) << 24;
   return std::max(27 * num_atoms, std::min(343 * num_atoms, plenty));
@@ -84,8 +84,8 @@ SearchPrices search_prices(int64_t num_atoms) {
                                                        "shift_overflows",
                                                        "images_blur",
                                                        "out_of_memory"};
-  const Fault kind = static_cast<Fault>(summary.fault >> 56);
-  const int64_t number = static_cast<int64_t>(summary.fault & ((uint64_t(1) << 56) - 1));
+  const Fault kind = kind_of_fault(summary.fault);
+  const int64_t number = number_of_fault(summary.fault);
   const char* code = codes[static_cast<size_t>(kind)];
   if (kind == Fault::system_idx_out_of_range)
     data_error(code, read_from_device(system_idx + number, stream), number);
@@ -154,7 +154,7 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
     s.first_of_system = s.order + n;
   }
 
-  clear_on_device(s.state, cleared, on.stream());
+  set_on_device(s.state, 0, cleared, on.stream());
   build_cell_list(s, on.stream());
   const Summary summary = count_pairs(s, on.stream());
   if (summary.fault != 0) raise_fault(summary, s.system_idx, on.stream());
@@ -214,17 +214,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linked_neighbor_pairs(const T
                                                                          double cutoff, bool sorted) {
   const Found found = find_pairs(positions, cell, pbc, system_idx, cutoff, true, sorted, true);
   return {found.mapping, found.shifts, found.vectors, found.links, found.rows};
-}
-
-// Calls run(float) or run(double).
-template <typename Run>
-void by_dtype(const Tensor& t, const Run& run) {
-  floating_dtype(t) == ScalarType::Float ? run(0.0f) : run(0.0);
-}
-
-template <typename T>
-const T* data_or_null(const std::optional<Tensor>& t) {
-  return t.has_value() ? data<T>(*t) : nullptr;
 }
 
 Tensor vectors_of(const Tensor& positions, const std::optional<Tensor>& cell, const GpuPairList& list) {
@@ -299,8 +288,8 @@ std::tuple<Tensor, Tensor> adjoint_of(const Tensor& grad, const GpuPairList& lis
   // Atoms whose system is out of range are in no chunk of rows. Their vectors were NaN, and so are their
   // gradients.
   if (need_positions && list.links == nullptr && order.rows != nullptr)
-    fill_nan_on_device(grad_positions.mutable_data_ptr(),
-                       grad_positions.numel() * static_cast<int64_t>(grad_positions.element_size()), on.stream());
+    set_on_device(grad_positions.mutable_data_ptr(), kNanByte,
+                  grad_positions.numel() * static_cast<int64_t>(grad_positions.element_size()), on.stream());
   by_dtype(grad, [&](auto zero) {
     using T = decltype(zero);
     const AdjointOutput<T> out{need_positions ? mutable_data<T>(grad_positions) : nullptr,

@@ -81,7 +81,7 @@ struct alignas(16) SortedPlace {
 // What the search tells the host, in memory that both see.
 struct Summary {
   int64_t num_pairs;
-  uint64_t fault;  // 0 or `encode_fault`
+  uint64_t fault;  // 0 or `pack_fault`
   uint32_t num_bins;
   uint32_t longest_row;
   uint32_t linkable;  // segments and shifts fit
@@ -106,6 +106,14 @@ enum class Fault : uint64_t {
   images_blur,
   out_of_memory,
 };
+
+// A fault and the atom or system it was found in, or the number of pairs: smaller is earlier in the order of
+// kinds.
+DIFFNL_HD inline uint64_t pack_fault(Fault kind, uint64_t number) {
+  return static_cast<uint64_t>(kind) << 56 | number;
+}
+inline Fault kind_of_fault(uint64_t fault) { return static_cast<Fault>(fault >> 56); }
+inline int64_t number_of_fault(uint64_t fault) { return static_cast<int64_t>(fault & ((uint64_t(1) << 56) - 1)); }
 
 template <typename T>
 struct GpuSearch {
@@ -193,10 +201,10 @@ int64_t pairs_in_device_memory();
 Summary* summary_of_thread();
 
 int64_t read_from_device(const int64_t* at, GpuStream stream);
-void clear_on_device(void* memory, int64_t bytes, GpuStream stream);
 
-// Fills floating-point memory with NaN.
-void fill_nan_on_device(void* memory, int64_t bytes, GpuStream stream);
+// Sets every byte. Floating-point memory of kNanByte is NaN.
+constexpr int kNanByte = 0xff;
+void set_on_device(void* memory, int byte, int64_t bytes, GpuStream stream);
 
 // ------------------------------------------------------------------------------ vectors and adjoint
 

@@ -77,12 +77,11 @@ Tensor pair_vectors(const Tensor& positions, const std::optional<Tensor>& cell, 
   const int64_t num_systems = h.has_value() ? num_systems_of(*h) : 0;
   const HeldList held(mapping, shifts, system_idx, r.size(0), num_systems, h.has_value());
   const Tensor vectors = empty_on_large_pages(r, {held.num_pairs(), 3}, dtype);
-  const auto run = [&](auto zero) {
+  by_dtype(r, [&](auto zero) {
     using T = decltype(zero);
-    pair_vectors_cpu(list_of(held, r.size(0), num_systems), data<T>(r), h.has_value() ? data<T>(*h) : nullptr,
+    pair_vectors_cpu(list_of(held, r.size(0), num_systems), data<T>(r), data_or_null<T>(h),
                      mutable_data<T>(vectors));
-  };
-  dtype == ScalarType::Float ? run(0.0f) : run(0.0);
+  });
   return vectors;
 }
 
@@ -97,13 +96,12 @@ std::tuple<Tensor, Tensor> pair_vectors_adjoint(const Tensor& grad, const Tensor
   const Tensor g = packed(grad);
   const Tensor grad_positions = empty_on_large_pages(g, {need_positions ? num_atoms : 0, 3}, dtype);
   const Tensor grad_cell = empty_on_large_pages(g, {need_cell ? num_systems : 0, 3, 3}, dtype);
-  const auto run = [&](auto zero) {
+  by_dtype(g, [&](auto zero) {
     using T = decltype(zero);
     pair_vectors_adjoint_cpu(list_of(held, num_atoms, num_systems), data<T>(g),
                              need_positions ? mutable_data<T>(grad_positions) : nullptr,
                              need_cell ? mutable_data<T>(grad_cell) : nullptr);
-  };
-  dtype == ScalarType::Float ? run(0.0f) : run(0.0);
+  });
   return {grad_positions, grad_cell};
 }
 

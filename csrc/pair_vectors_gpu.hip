@@ -5,9 +5,8 @@
 //
 // The adjoint gathers, so that it needs no atomics: whoever owns row k reads all g that concern k. The pairs with
 // i = k are a row of the list. Those with j = k are
-//   - in a linked list, their reverses: link p knows where (j, i, -S) stands in row j. grad r_k is a sum over row
-//   k of
-//     g_reverse - g;
+//   - in a linked list, their reverses: link p knows where (j, i, -S) stands in row j, and grad r_k is a sum of
+//     g_reverse - g over row k;
 //   - in any other list, found by sorting the pairs by j.
 // 32 lanes share a row and add up in a fixed order. The cell's gradient is summed by chunks of rows of one system,
 // then over the chunks, in float64. So the bits depend on the input alone.
@@ -26,6 +25,11 @@ constexpr int kCellThreads = 1024;
 
 // -------------------------------------------------------------------------------------------- vectors
 
+__device__ inline bool atoms_in_range(const GpuPairList& list, int64_t i, int64_t j) {
+  const uint64_t n = static_cast<uint64_t>(list.num_atoms);
+  return static_cast<uint64_t>(i) < n && static_cast<uint64_t>(j) < n;
+}
+
 template <typename T>
 __global__ __launch_bounds__(kThreads) void vectors_of_mapping(GpuPairList list, const T* positions, const T* cell,
                                                                T* vectors) {
@@ -35,8 +39,7 @@ __global__ __launch_bounds__(kThreads) void vectors_of_mapping(GpuPairList list,
   Vec3<T> v{0, 0, 0};
   if (p < list.num_pairs) {
     const int64_t i = list.mapping[p], j = list.mapping[list.num_pairs + p];
-    const uint64_t n = static_cast<uint64_t>(list.num_atoms);
-    bool in_range = static_cast<uint64_t>(i) < n && static_cast<uint64_t>(j) < n;
+    bool in_range = atoms_in_range(list, i, j);
     int64_t b = 0;
     if (in_range && cell != nullptr && list.system_idx != nullptr) {
       b = list.system_idx[i];
@@ -257,10 +260,8 @@ __global__ __launch_bounds__(kCellThreads) void sum_chunks(GpuPairList list, Row
 __global__ __launch_bounds__(kThreads) void pair_ends(GpuPairList list, int row, int32_t* ends) {
   const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (p >= list.num_pairs) return;
-  const uint64_t n = static_cast<uint64_t>(list.num_atoms);
   const int64_t i = list.mapping[p], j = list.mapping[list.num_pairs + p];
-  const bool in_range = static_cast<uint64_t>(i) < n && static_cast<uint64_t>(j) < n;
-  ends[p] = in_range ? static_cast<int32_t>(row == 0 ? i : j) : -1;
+  ends[p] = atoms_in_range(list, i, j) ? static_cast<int32_t>(row == 0 ? i : j) : -1;
 }
 
 __global__ __launch_bounds__(kThreads) void first_of_each(const int64_t* sorted, int64_t size, int64_t num_systems,

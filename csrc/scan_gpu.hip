@@ -47,22 +47,18 @@ __global__ __launch_bounds__(kThreads) void scan_block(const uint32_t* counts, i
   sum = block_reduce<kThreads>(sum, Sum());
   if (threadIdx.x == 0) shared_before = sum;
   __syncthreads();
-  uint64_t before = shared_before;
-  const int64_t first = int64_t(blockIdx.x) * kScanBlock;
-  for (int64_t k0 = first; k0 < std::min(first + kScanBlock, size); k0 += kThreads) {
-    const int64_t k = k0 + threadIdx.x;
-    unsigned long long total;
-    const unsigned long long own = block_exclusive_sum<kThreads>(k < size ? counts[k] : 0ull, total);
-    if (k < size) offsets[k] = static_cast<Offset>(before + own);
-    before += total;
-  }
-  if (threadIdx.x == 0 && first + kScanBlock >= size) offsets[size] = static_cast<Offset>(before);
+  const int64_t first = int64_t(blockIdx.x) * kScanBlock, end = std::min(first + kScanBlock, size);
+  const unsigned long long last =
+      scan_in_block<kThreads>(counts + first, end - first, shared_before, offsets + first);
+  if (threadIdx.x == 0 && end == size) offsets[size] = static_cast<Offset>(last);
 }
 
+// One block for all counts.
 template <typename Offset>
 __global__ __launch_bounds__(kOneBlock) void scan_small(const uint32_t* counts, int64_t size, Offset* offsets,
                                                         uint32_t* largest) {
-  scan_in_block<kOneBlock>(counts, size, offsets, largest);
+  const unsigned long long last = scan_in_block<kOneBlock>(counts, size, 0, offsets, largest);
+  if (threadIdx.x == 0) offsets[size] = static_cast<Offset>(last);
 }
 
 }  // namespace

@@ -48,6 +48,11 @@ const T* data(const Tensor& t) {
 }
 
 template <typename T>
+const T* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
+}
+
+template <typename T>
 T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
@@ -89,11 +94,10 @@ class HeldList {
     num_pairs_ = num_pairs;
   }
 
-  const int64_t* mapping() const { return data<int64_t>(mapping_); }                                 // (2, P)
-  const int32_t* shifts() const { return shifts_.has_value() ? data<int32_t>(*shifts_) : nullptr; }  // (P, 3)
-  const int64_t* system_idx() const { return systems_; }                                             // (N,)
+  const int64_t* mapping() const { return data<int64_t>(mapping_); }        // (2, P)
+  const int32_t* shifts() const { return data_or_null<int32_t>(shifts_); }  // (P, 3)
+  const int64_t* system_idx() const { return systems_; }                    // (N,)
   int64_t num_pairs() const { return num_pairs_; }
-  const Tensor& mapping_tensor() const { return mapping_; }
 
  private:
   Tensor mapping_;
@@ -128,6 +132,12 @@ inline void check_search(const Tensor& positions, const Tensor& cell, const Tens
 inline void check_vectors(const Tensor& positions, const std::optional<Tensor>& cell) {
   check_shape(positions, "positions", {-1, 3});
   if (cell.has_value()) check_cell(*cell, floating_dtype(positions));
+}
+
+// Calls run(float) or run(double).
+template <typename Run>
+void by_dtype(const Tensor& t, const Run& run) {
+  floating_dtype(t) == ScalarType::Float ? run(0.0f) : run(0.0);
 }
 
 // torch.empty on the device of `like`. Straight from the C interface: torch::stable::new_empty goes through the

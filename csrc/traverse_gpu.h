@@ -5,11 +5,13 @@
 // atom:
 //
 //                    home atoms
-//                  0 1 2 3 4 ...          a column of this bit matrix is a part of a row of the list; a line of it
-//     candidate 0  . x . . x              says which neighbours candidate c has in this bin, and by symmetry that
-//     is
-//               1  x x . . .              also how many pairs (c, home) there are
+//                  0 1 2 3 4 ...
+//     candidate 0  . x . . x
+//               1  x x . . .
 //               2  . . . . x
+//
+// A column of this bit matrix is a part of a row of the list. A line says which neighbours a candidate c has in
+// this bin, and by symmetry that is also how many pairs (c, home) there are.
 #pragma once
 
 #include <type_traits>

@@ -119,32 +119,38 @@ def systems(
         if bool(pbc.any()):
             raise ValueError("`cell` must be given where `pbc` is true; got None")
         if pbc.ndim == 2:
-            systems = pbc.shape[0]
+            count = pbc.shape[0]
         elif system_idx is not None and system_idx.numel() > 0:
-            systems = max(int(system_idx.max()) + 1, 1)
+            count = max(int(system_idx.max()) + 1, 1)
         else:
-            systems = 1
-        cell = positions.new_zeros((systems, 3, 3))
-    systems = num_systems(cell)
-    if pbc.ndim == 2 and pbc.shape[0] != systems:
+            count = 1
+        cell = positions.new_zeros((count, 3, 3))
+    count = num_systems(cell)
+    if pbc.ndim == 2 and pbc.shape[0] != count:
         raise ValueError(
-            f"`pbc` must have shape (3,) or (B, 3) with B = {systems}, the number of cells; got {_shape(pbc)}"
+            f"`pbc` must have shape (3,) or (B, 3) with B = {count}, the number of cells; got {_shape(pbc)}"
         )
-    if systems == 0 and positions.shape[0] > 0:
+    atoms_have_systems(cell, system_idx, positions)
+    return cell, pbc
+
+
+def atoms_have_systems(cell: Tensor, system_idx: Tensor | None, positions: Tensor) -> None:
+    """There is a cell for the atoms, and where there are several, `system_idx` says which."""
+    count = num_systems(cell)
+    if count == 0 and positions.shape[0] > 0:
         raise ValueError(
             f"`cell` must hold at least one cell for {positions.shape[0]} atoms; got {_shape(cell)}"
         )
-    if systems > 1 and system_idx is None:
+    if count > 1 and system_idx is None:
         raise ValueError(
-            f"`system_idx` must be given, of shape ({positions.shape[0]},), for {systems} cells; got None"
+            f"`system_idx` must be given, of shape ({positions.shape[0]},), for {count} cells; got None"
         )
-    return cell, pbc
 
 
 def system_of_atom(system_idx_value: Tensor | None, cell: Tensor, positions: Tensor) -> Tensor | None:
     """`system_idx` for the B cells of `cell`, its values checked; None where all atoms are in one system."""
     index = system_idx(system_idx_value, positions)
-    systems(cell, pbc(None, positions), index, positions)
+    atoms_have_systems(cell, index, positions)
     if index is None or index.numel() == 0:
         return None
     outside = (index < 0) | (index >= num_systems(cell))

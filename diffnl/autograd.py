@@ -37,6 +37,13 @@ def _without_cell(pair_list):
     return first, second if _ops.is_linked(first) else None, None
 
 
+def _save_shapes(ctx, positions: Tensor, cell: Tensor | None, num_systems: int) -> None:
+    """What `_gradients` needs of the inputs of a map to vectors."""
+    ctx.sizes = positions.shape[0], num_systems
+    ctx.cell_shape = None if cell is None else cell.shape
+    ctx.set_materialize_grads(False)
+
+
 def _save_list(ctx, *pair_list, uses_cell: bool) -> None:
     """Keeps of a list what the other map needs."""
     ctx.save_for_backward(*(pair_list if uses_cell else _without_cell(pair_list)))
@@ -73,9 +80,7 @@ class PairVectors(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         positions, cell, *pair_list = inputs
-        ctx.sizes = positions.shape[0], _num_systems(pair_list, positions.shape[0], cell)
-        ctx.cell_shape = None if cell is None else cell.shape
-        ctx.set_materialize_grads(False)
+        _save_shapes(ctx, positions, cell, _num_systems(pair_list, positions.shape[0], cell))
         _save_list(ctx, *pair_list, uses_cell=cell is not None and ctx.needs_input_grad[1])
 
     @staticmethod
@@ -136,10 +141,8 @@ class Search(Function):
     def setup_context(ctx, inputs, output):
         positions, cell, _, system_idx, *_ = inputs
         mapping, shifts, _ = output
-        ctx.sizes = positions.shape[0], _validate.num_systems(cell)
-        ctx.cell_shape = cell.shape
+        _save_shapes(ctx, positions, cell, _validate.num_systems(cell))
         ctx.mark_non_differentiable(mapping, shifts)
-        ctx.set_materialize_grads(False)
         _save_list(ctx, mapping, shifts, system_idx, uses_cell=ctx.needs_input_grad[1])
 
     @staticmethod
@@ -173,10 +176,8 @@ class LinkedSearch(Search):
     def setup_context(ctx, inputs, output):
         positions, cell, _, system_idx, *_ = inputs
         mapping, shifts, _, links, rows = output
-        ctx.sizes = positions.shape[0], _validate.num_systems(cell)
-        ctx.cell_shape = cell.shape
+        _save_shapes(ctx, positions, cell, _validate.num_systems(cell))
         ctx.mark_non_differentiable(mapping, shifts, links, rows)
-        ctx.set_materialize_grads(False)
         count = links.shape[0]
         linked = isinstance(count, torch.SymInt) or count > 0
         pair_list = (links, rows) if linked else (mapping, shifts)

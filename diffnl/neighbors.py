@@ -160,7 +160,8 @@ def pair_vectors(
         (P, 3), dtype of `positions`; differentiable in `positions` and `cell` to every order.
 
     Raises:
-        ValueError: wrong shapes or devices, an atom number outside [0, N), a system outside [0, B).
+        ValueError: wrong shapes or devices; on the CPU an atom number outside [0, N) or a system outside
+            [0, B), which on a GPU gives that pair NaN instead: raising would mean waiting for the GPU.
         TypeError: wrong types or dtypes.
     """
     positions = _validate.positions(positions)
@@ -171,6 +172,5 @@ def pair_vectors(
     if cell is None:
         shifts = system_idx = None
     else:
-        no_axis = torch.zeros(3, dtype=torch.bool, device=positions.device)
-        cell, _ = _validate.systems(cell, no_axis, system_idx, positions)
+        _validate.atoms_have_systems(cell, system_idx, positions)
     return PairVectors.apply(positions, cell, mapping, shifts, system_idx)
