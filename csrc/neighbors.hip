@@ -37,7 +37,7 @@ struct CountSink {
     const uint32_t hits = find_hits(s, home, near, t, first_home, count);
     near.hits[t] = hits;
     // Of (home, candidate) and (candidate, home) a half list keeps one.
-    near.rank[t] += __popc(s.full ? hits : hits & ~kept_in_half(home, hits, load_candidate(s, near, t)));
+    near.rank[t] += __popc(s.full ? hits : hits & ~kept_in_half(home, hits, near, load_candidate(s, near, t)));
   }
   __device__ void write(uint32_t, int, int) {}
   __device__ void end(int size, int64_t n0) {
@@ -178,7 +178,7 @@ struct FillSink {
     uint32_t hits = 0;
     if (t < size) {
       hits = keeps_hits(home) ? near.hits[t] : find_hits(s, home, near, t, first_home, count);
-      if (!s.full) hits = kept_in_half(home, hits, load_candidate(s, near, t));
+      if (!s.full) hits = kept_in_half(home, hits, near, load_candidate(s, near, t));
       near.hits[t] = hits;
     }
     const int lane = lane_of_thread(), half = lane / 32;
@@ -197,30 +197,28 @@ struct FillSink {
   __device__ void emit(int a, const SortedAtom<T>& i, int64_t p, int t, const Candidate<T>& j, int count,
                        Vec3<T> unmoved) {
     const int lane = lane_of_thread(), stage = 3 * (static_cast<int>(threadIdx.x) - lane);
-    int32_t s0 = 0, s1 = 0, s2 = 0;
+    Shift S{0, 0, 0};
     if (lane < count) {
-      s0 = sum(j.image[0], home.w[a][0]);
-      s1 = sum(j.image[1], home.w[a][1]);
-      s2 = sum(j.image[2], home.w[a][2]);
+      S = shift_between(home, a, near, j);
       out.mapping[p + lane] = i.index;
-      out.mapping[out.num_pairs + p + lane] = j.index;
+      out.mapping[out.num_pairs + p + lane] = j.index();
       if (out.links != nullptr)
         out.links[p + lane] =
-            Link::make(j.index, near.rank[t] + __popc(near.hits[t] & ((1u << a) - 1)), s0, s1, s2);
+            Link::make(j.index(), near.rank[t] + __popc(near.hits[t] & ((1u << a) - 1)), S.s0, S.s1, S.s2);
     }
     // Most pairs do not leave the cell: nothing to put in order, nothing to multiply.
     Vec3<T> moved = unmoved;
-    if (wave_ballot((s0 | s1 | s2) != 0) == 0) {
+    if (wave_ballot((S.s0 | S.s1 | S.s2) != 0) == 0) {
       DIFFNL_UNROLL(3)
       for (int k = 0; k < 3; ++k)
         if (lane + k * wave_width() < 3 * count) out.shifts[3 * p + lane + k * wave_width()] = 0;
     } else {
-      moved = translation(home.h, static_cast<T>(s0), static_cast<T>(s1), static_cast<T>(s2));
-      store_triples(out.shifts + 3 * p, count, s0, s1, s2,
+      moved = translation(home.h, static_cast<T>(S.s0), static_cast<T>(S.s1), static_cast<T>(S.s2));
+      store_triples(out.shifts + 3 * p, count, S.s0, S.s1, S.s2,
                     rows.stage.shifts + stage * (sizeof(T) / sizeof(int32_t)));
     }
     if (out.vectors == nullptr) return;
-    const Vec3<T> v = pair_vector<T>({i.x, i.y, i.z}, j.r, moved);
+    const Vec3<T> v = pair_vector<T>({i.x, i.y, i.z}, j.r(), moved);
     store_triples(out.vectors + 3 * p, count, v.x, v.y, v.z, rows.stage.vectors + stage);
   }
 

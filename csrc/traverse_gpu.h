@@ -109,7 +109,7 @@ __device__ inline AtomSpan stencil_bin(const GpuSearch<T>& s, const GpuSystem& s
   return span;
 }
 
-// S = m - W_j + W_i. W may be anything modulo 2^32, the differences are small.
+// W may be anything modulo 2^32, the differences are small.
 __device__ inline int32_t difference(int32_t a, int32_t b) {
   return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b));
 }
@@ -119,37 +119,50 @@ __device__ inline int32_t sum(int32_t a, int32_t b) {
 
 __device__ inline int lowest_bit(uint32_t bits) { return __popc((bits & (0u - bits)) - 1); }
 
+// What memory says of a candidate. Nothing is computed when it is loaded, so that the next one can be on its way
+// while this one is in use.
 template <typename T>
 struct Candidate {
-  Vec3<T> r;
-  uint32_t index;
-  int32_t image[3];  // m - W_j: add W_i for S
+  SortedAtom<T> atom;
+  SortedPlace place;
+  int bin;  // of those at hand
+
+  __device__ Vec3<T> r() const { return {atom.x, atom.y, atom.z}; }
+  __device__ uint32_t index() const { return static_cast<uint32_t>(atom.index); }
 };
 
 template <typename T>
 __device__ inline Candidate<T> load_candidate(const GpuSearch<T>& s, const Candidates& near, int t) {
   const uint32_t c = near.atom[t];
-  const SortedAtom<T> j = s.atoms[c];
-  const SortedPlace place = s.places[c];
-  const int32_t* m = near.image[near.bin[t]];
-  return {{j.x, j.y, j.z},
-          static_cast<uint32_t>(j.index),
-          {difference(m[0], place.w0), difference(m[1], place.w1), difference(m[2], place.w2)}};
+  return {s.atoms[c], s.places[c], near.bin[t]};
+}
+
+// S = m - W_j + W_i, one axis each.
+struct Shift {
+  int32_t s0, s1, s2;
+};
+
+template <typename T>
+__device__ inline Shift shift_between(const Home<T>& home, int a, const Candidates& near, const Candidate<T>& j) {
+  const int32_t *m = near.image[j.bin], *w = home.w[a];
+  return {sum(difference(m[0], j.place.w0), w[0]), sum(difference(m[1], j.place.w1), w[1]),
+          sum(difference(m[2], j.place.w2), w[2])};
 }
 
 // S @ h for home atom a and a candidate.
 template <typename T>
-__device__ inline Vec3<T> translation_of(const Home<T>& home, int a, const Candidate<T>& j) {
-  const int32_t* w = home.w[a];
-  return translation(home.h, static_cast<T>(sum(j.image[0], w[0])), static_cast<T>(sum(j.image[1], w[1])),
-                     static_cast<T>(sum(j.image[2], w[2])));
+__device__ inline Vec3<T> translation_of(const Home<T>& home, int a, const Candidates& near,
+                                         const Candidate<T>& j) {
+  const Shift S = shift_between(home, a, near, j);
+  return translation(home.h, static_cast<T>(S.s0), static_cast<T>(S.s1), static_cast<T>(S.s2));
 }
 
 // Bit a: the candidate, seen from home atom a, passes the test. Behind the last home atom are NaNs, which pass
 // nothing.
 template <typename T>
-__device__ inline uint32_t test_candidate(const Home<T>& home, int count, const Candidate<T>& j, T cutoff2) {
-  Vec3<T> t = translation_of(home, 0, j);
+__device__ inline uint32_t test_candidate(const Home<T>& home, int count, const Candidates& near,
+                                          const Candidate<T>& j, T cutoff2) {
+  Vec3<T> t = translation_of(home, 0, near, j);
   const uint32_t changes = home.changes;
   const auto test_all = [&](auto same_cell) {
     uint32_t hits = 0;
@@ -157,9 +170,9 @@ __device__ inline uint32_t test_candidate(const Home<T>& home, int count, const 
       uint32_t group = 0;
       DIFFNL_UNROLL(kTestsAtOnce)
       for (int u = 0; u < kTestsAtOnce; ++u) {
-        if (!same_cell() && (changes >> (a0 + u) & 1) != 0) t = translation_of(home, a0 + u, j);
+        if (!same_cell() && (changes >> (a0 + u) & 1) != 0) t = translation_of(home, a0 + u, near, j);
         const SortedAtom<T> i = home.atom[a0 + u];
-        const T d2 = squared_length(pair_vector<T>({i.x, i.y, i.z}, j.r, t));
+        const T d2 = squared_length(pair_vector<T>({i.x, i.y, i.z}, j.r(), t));
         if (d2 < cutoff2) group |= 1u << u;
       }
       hits |= group << a0;
@@ -171,13 +184,13 @@ __device__ inline uint32_t test_candidate(const Home<T>& home, int count, const 
 
 // Of the pairs (home atom a, candidate) those that a half list keeps.
 template <typename T>
-__device__ inline uint32_t kept_in_half(const Home<T>& home, uint32_t hits, const Candidate<T>& j) {
+__device__ inline uint32_t kept_in_half(const Home<T>& home, uint32_t hits, const Candidates& near,
+                                        const Candidate<T>& j) {
   uint32_t kept = 0;
   for (uint32_t left = hits; left != 0; left &= left - 1) {
     const int a = lowest_bit(left);
-    const int32_t* w = home.w[a];
-    const bool keep = in_half(static_cast<int64_t>(home.atom[a].index), j.index, sum(j.image[0], w[0]),
-                              sum(j.image[1], w[1]), sum(j.image[2], w[2]));
+    const Shift S = shift_between(home, a, near, j);
+    const bool keep = in_half(static_cast<int64_t>(home.atom[a].index), j.index(), S.s0, S.s1, S.s2);
     kept |= static_cast<uint32_t>(keep) << a;
   }
   return kept;
@@ -196,7 +209,7 @@ template <typename T>
 __device__ inline uint32_t find_hits(const GpuSearch<T>& s, const Home<T>& home, const Candidates& near, int t,
                                      uint32_t first_home, int count) {
   const Candidate<T> j = load_candidate(s, near, t);
-  uint32_t hits = test_candidate(home, count, j, s.cutoff2);
+  uint32_t hits = test_candidate(home, count, near, j, s.cutoff2);
   // (i, i, S = 0) is no pair.
   const uint32_t own = near.atom[t] - (home.first + first_home);
   if (near.is_home[near.bin[t]] && own < static_cast<uint32_t>(count)) hits &= ~(1u << own);

@@ -87,7 +87,7 @@ def neighbor_pairs(
         ValueError: wrong shapes, devices or values; NaN or infinity; a singular cell on a periodic axis.
         TypeError: wrong types or dtypes.
     """
-    return NeighborList(cutoff, full=full, sorted=sorted)(positions, cell, pbc, system_idx)
+    return _find(positions, cell, pbc, system_idx, _validate.cutoff(cutoff), bool(full), bool(sorted))
 
 
 class NeighborList(nn.Module):
@@ -116,18 +116,22 @@ class NeighborList(nn.Module):
         system_idx: Tensor | None = None,
     ) -> Pairs:
         """The pairs of one system or a batch; see `neighbor_pairs` for shapes, dtypes and errors."""
-        positions = _validate.positions(positions)
-        cell = None if cell is None else _validate.cell(cell, positions)
-        pbc = _validate.pbc(pbc, positions)
-        system_idx = _validate.system_idx(system_idx, positions)
-        cell, pbc = _validate.systems(cell, pbc, system_idx, positions)
-        if self.full and _wants_links(positions, cell):
-            found = LinkedSearch.apply(positions, cell, pbc, system_idx, self.cutoff, self.sorted)
-            return Pairs(*found[:3])
-        return Pairs(*Search.apply(positions, cell, pbc, system_idx, self.cutoff, self.full, self.sorted))
+        return _find(positions, cell, pbc, system_idx, self.cutoff, self.full, self.sorted)
 
     def extra_repr(self) -> str:
         return f"cutoff={self.cutoff}, full={self.full}, sorted={self.sorted}"
+
+
+def _find(positions, cell, pbc, system_idx, cutoff: float, full: bool, sorted: bool) -> Pairs:
+    positions = _validate.positions(positions)
+    cell = None if cell is None else _validate.cell(cell, positions)
+    pbc = _validate.pbc(pbc, positions)
+    system_idx = _validate.system_idx(system_idx, positions)
+    cell, pbc = _validate.systems(cell, pbc, system_idx, positions)
+    if full and _wants_links(positions, cell):
+        found = LinkedSearch.call(positions, cell, pbc, system_idx, cutoff, sorted)
+        return Pairs(*found[:3])
+    return Pairs(*Search.call(positions, cell, pbc, system_idx, cutoff, full, sorted))
 
 
 def _wants_links(positions: Tensor, cell: Tensor) -> bool:
@@ -173,4 +177,4 @@ def pair_vectors(
         shifts = system_idx = None
     else:
         _validate.atoms_have_systems(cell, system_idx, positions)
-    return PairVectors.apply(positions, cell, mapping, shifts, system_idx)
+    return PairVectors.call(positions, cell, mapping, shifts, system_idx)
