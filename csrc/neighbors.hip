@@ -26,14 +26,17 @@ struct CountSink {
   const GpuSearch<T>& s;
   Home<T>& home;
   Candidates& near;
+  Share share;
   unsigned long long found;
+
+  __device__ bool owns(int t) const { return share.owns(t / kSearchThreads); }
 
   __device__ void begin(int size, int64_t) {
     for (int t = static_cast<int>(threadIdx.x); t < size; t += kSearchThreads) near.rank[t] = 0;
   }
   __device__ void enter(int, uint32_t) {}
   __device__ void take(int t, int size, uint32_t first_home, int count) {
-    if (t >= size) return;
+    if (t >= size || !owns(t)) return;
     const uint32_t hits = find_hits(s, home, near, t, first_home, count);
     near.hits[t] = hits;
     // Of (home, candidate) and (candidate, home) a half list keeps one.
@@ -42,6 +45,7 @@ struct CountSink {
   __device__ void write(uint32_t, int, int) {}
   __device__ void end(int size, int64_t n0) {
     for (int t = static_cast<int>(threadIdx.x); t < size; t += kSearchThreads) {
+      if (!owns(t)) continue;
       const uint32_t count = near.rank[t];
       found += count;
       if (count > 0) atomicAdd(&s.row_counts[s.atoms[near.atom[t]].index], count);
@@ -72,10 +76,11 @@ __global__ __launch_bounds__(kSearchThreads) void count_bins(GpuSearch<T> s) {
   __shared__ Home<T> home;
   __shared__ Candidates near;
   if (s.state->fault != 0) return;
-  CountSink<T> sink{s, home, near, 0};
-  const uint32_t num_bins = s.state->num_bins;
-  for (uint32_t b = blockIdx.x; b < num_bins; b += gridDim.x) {
-    traverse_bin(s, s.bins[b], home, near, sink);
+  const uint32_t num_bins = s.state->num_bins, shares = shares_of_bins(num_bins);
+  CountSink<T> sink{s, home, near, {0, shares}, 0};
+  for (uint32_t u = blockIdx.x; u < num_bins * shares; u += gridDim.x) {
+    sink.share.number = u % shares;
+    traverse_bin(s, s.bins[u / shares], home, near, sink);
     if (home.abandoned) return;
   }
 }
@@ -84,7 +89,7 @@ __global__ __launch_bounds__(kSearchThreads) void count_bins(GpuSearch<T> s) {
 template <typename T>
 __global__ __launch_bounds__(kThreads) void sum_segments(GpuSearch<T> s) {
   const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= s.num_atoms) return;
+  if (c >= s.num_atoms || s.state->fault != 0 || s.state->unlinkable != 0) return;
   const GpuSystem& system = s.systems[s.places[c].system];
   const int64_t stride = system.num_atoms, stencil = system.stencil;
   uint16_t* segments = s.segments + system.segment_base + (c - system.first_atom);
@@ -143,6 +148,9 @@ struct FillSink {
   Candidates& near;
   Rows<T>& rows;
   const GpuPairs<T>& out;
+  Share share;
+
+  __device__ bool owns(int a) const { return share.owns(a / (kSearchThreads / wave_width())); }
 
   // Several at once, so that their loads overlap.
   __device__ void begin(int size, int64_t n0) {
@@ -169,6 +177,7 @@ struct FillSink {
   }
 
   __device__ void enter(int a, uint32_t sorted) {
+    if (!owns(a)) return;
     rows.placed[a] = s.placed[sorted];
     rows.next[a] = s.offsets[home.atom[a].index] + rows.placed[a];
   }
@@ -228,6 +237,7 @@ struct FillSink {
     const Vec3<T> unmoved = translation<T>(home.h, 0, 0, 0);
     uint16_t* queue = rows.queue[wave_of_thread()];
     for (int a = wave_of_thread(); a < count; a += kSearchThreads / width) {
+      if (!owns(a)) continue;
       // Each lane lists the candidates of its word, behind those of the lanes below.
       uint32_t word = lane < (size + 31) / 32 ? rows.hits[a][lane] : 0;
       int end = __popc(word);
@@ -274,9 +284,12 @@ __global__ __launch_bounds__(kSearchThreads) void fill_bins(GpuSearch<T> s, GpuP
   __shared__ Home<T> home;
   __shared__ Candidates near;
   __shared__ Rows<T> rows;
-  FillSink<T> sink{s, home, near, rows, out};
-  const uint32_t num_bins = s.state->num_bins;
-  for (uint32_t b = blockIdx.x; b < num_bins; b += gridDim.x) traverse_bin(s, s.bins[b], home, near, sink);
+  const uint32_t num_bins = s.state->num_bins, shares = shares_of_bins(num_bins);
+  FillSink<T> sink{s, home, near, rows, out, {0, shares}};
+  for (uint32_t u = blockIdx.x; u < num_bins * shares; u += gridDim.x) {
+    sink.share.number = u % shares;
+    traverse_bin(s, s.bins[u / shares], home, near, sink);
+  }
 }
 
 int num_multiprocessors() {
@@ -293,8 +306,10 @@ template <typename T>
 Summary count_pairs(const GpuSearch<T>& s, GpuStream stream) {
   if (s.num_atoms > 0) {
     // The number of bins is not known here: enough blocks to fill the device take them in turns.
-    const int64_t blocks = std::min<int64_t>(s.num_atoms, int64_t(num_multiprocessors()) * 32);
+    const int64_t blocks = std::min<int64_t>(s.num_atoms * kMostShares, int64_t(num_multiprocessors()) * 32);
     DIFFNL_LAUNCH(count_bins<T>, blocks, kSearchThreads, stream, s);
+    if (s.segments != nullptr)
+      DIFFNL_LAUNCH(sum_segments<T>, blocks_for(s.num_atoms, kThreads), kThreads, stream, s);
     scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, &s.state->longest_row, stream);
   }
   DIFFNL_LAUNCH(write_summary<T>, 1, 1, stream, s);
@@ -305,8 +320,8 @@ Summary count_pairs(const GpuSearch<T>& s, GpuStream stream) {
 template <typename T>
 void fill_pairs(const GpuSearch<T>& s, const Summary& summary, const GpuPairs<T>& out, GpuStream stream) {
   if (out.num_pairs == 0) return;
-  if (out.links != nullptr) DIFFNL_LAUNCH(sum_segments<T>, blocks_for(s.num_atoms, kThreads), kThreads, stream, s);
-  DIFFNL_LAUNCH(fill_bins<T>, summary.num_bins, kSearchThreads, stream, s, out);
+  const int64_t blocks = int64_t(summary.num_bins) * shares_of_bins(summary.num_bins);
+  DIFFNL_LAUNCH(fill_bins<T>, blocks, kSearchThreads, stream, s, out);
 }
 
 template <typename T>

@@ -29,6 +29,21 @@ constexpr int kHome = 32;   // home atoms at once: the bits of a word
 constexpr int kThreadsOfBin = 4;
 constexpr int kTestsAtOnce = 4;
 
+// Where bins are too few to keep a device busy, several blocks share each: they split its candidates to count, and
+// its home atoms to fill. The results are the same.
+constexpr uint32_t kBusyBlocks = 1024;
+constexpr uint32_t kMostShares = kTile / kSearchThreads;
+DIFFNL_HD inline uint32_t shares_of_bins(uint32_t num_bins) {
+  const uint32_t shares = num_bins == 0 ? 1 : kBusyBlocks / num_bins;
+  return shares < 1 ? 1 : shares > kMostShares ? kMostShares : shares;
+}
+
+// One of the shares of a bin.
+struct Share {
+  uint32_t number, shares;
+  __device__ bool owns(int n) const { return static_cast<uint32_t>(n) % shares == number; }
+};
+
 // What a block shares about the bin it works on.
 template <typename T>
 struct Home {
