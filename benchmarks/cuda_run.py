@@ -141,14 +141,25 @@ def build(options: argparse.Namespace, deadline: Deadline) -> dict:
 
 
 def test(options: argparse.Namespace, deadline: Deadline) -> dict:
+    """The whole suite: tests that fill the GPU or watch it one by one, then the others beside each other."""
     # pytest-benchmark warns beside xdist, and warnings are errors.
     command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--durations=8")
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(12, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "240"]  # one kernel that hangs must not take the others' results along
-    ended = run([*command, *options.pytest_args.split()], options.out / "test.log", deadline.left())
-    return ended.facts() | {"outcome": pytest_outcome(ended.text())}
+    command += options.pytest_args.split()
+    alone = [str(path) for path in sorted((ROOT / "tests").glob("test_gpu*.py"))]
+    others = ["--ignore-glob", str(ROOT / "tests" / "test_gpu*.py"), str(ROOT / "tests")]
+    if importlib.util.find_spec("xdist"):
+        others += ["-n", str(min(12, os.cpu_count() or 1))]
+    facts: dict = {"status": "ok", "seconds": 0.0, "outcome": {}}
+    for name, which in {"test-gpu": alone, "test": others}.items():
+        ended = run([*command, *which], options.out / f"{name}.log", deadline.left())
+        facts["seconds"] = round(facts["seconds"] + ended.seconds, 1)
+        if not ended.ok:
+            facts["status"] = f"{name}: {ended.status}"
+        for outcome, count in pytest_outcome(ended.text()).items():
+            facts["outcome"][outcome] = facts["outcome"].get(outcome, 0) + count
+    return facts
 
 
 def pytest_outcome(text: str) -> dict[str, int]:

@@ -47,9 +47,9 @@ def layer_share(trainer: Trainer, steps: int) -> dict:
     run(WARM_UP)
     plain = run(steps)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities):
+    with profile(activities=activities, acc_events=True):  # torch 2.11 warns of what it would drop
         run(WARM_UP)  # the profiler's own first steps are slow
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         profiled = run(steps)
     found = {
         "steps": steps,
