@@ -1,6 +1,7 @@
 """What a GPU's memory allows, and how near diffnl comes to it.
 
-    floors          the time that the bytes of a step take at the speed of a copy measured in the same run
+    floors          the time that the bytes of a step take at the speed of a copy measured in the same run,
+                    and the time of the step with a list that costs nothing (`free_list.py`)
     time_a_pair     10⁷ atoms: the time a pair next to that at 10⁶, peak memory, and that the list is right
     repeats_itself  whether the same input gives the same bits again
 
@@ -15,6 +16,7 @@ import statistics
 
 import torch
 from floor import bare_train_step, leaf
+from free_list import FREE_STEPS, free_ms
 from harness import CUTOFF, MEGABYTE, System, gpu_peak_mb, make_system, seconds
 from peers import Run, vectors_step
 
@@ -51,7 +53,9 @@ def floors(row: dict, dtype: torch.dtype, bandwidth: float, device: str) -> dict
     for step, floor in floor_ms.items():
         time = row[f"{step}_ms"]
         found |= {f"{step}_floor_ms": floor, f"{step}_ratio": None if time is None else time / floor}
-    return found | {"train_floor_mb": gpu_peak_mb(bare, device)["peak"]}
+    found["train_floor_mb"] = gpu_peak_mb(bare, device)["peak"]
+    size = row["system"].partition("-")[2]
+    return found | free_ms(make_system(size, dtype, device), pairs, device)
 
 
 def is_right(pairs, system: System, count: int = 2**20) -> bool:
@@ -136,6 +140,8 @@ def print_floors(found: list[dict], bandwidth: float) -> None:
             times = "-" if ratio is None else f"{ratio:.1f}x"
             parts.append(f"{step} {floor[f'{step}_floor_ms']:.3g} ms (diffnl {times})")
         print(f"  {floor['system']}: {', '.join(parts)}; bare train peak {floor['train_floor_mb']:,.0f} MB")
+        free = ", ".join(f"{step} {floor[f'{step}_free_ms']:.3g} ms" for step in FREE_STEPS)
+        print(f"    a list that costs nothing: {free}")
 
 
 def print_large(rows: list[dict]) -> None:

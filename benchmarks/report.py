@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from free_list import FREE_STEPS
 from harness import MEGABYTE
 from peers import STEPS
 from tables import filled, plot, show, show_ratio, title_of, title_of_record
@@ -167,6 +168,7 @@ def floors(record: dict) -> list[str]:
             f"backward, at the {record['bandwidth'] / 1e12:.2f} TB/s (bytes read and written) of a copy in "
             "the same run; for train, the same energy, gradient and double backward on vectors that exist.",
             table(titles, lines),
+            *free(record),
         ]
     if record["large"]:
         lines = [
@@ -190,6 +192,35 @@ def floors(record: dict) -> list[str]:
     if record["lost_to"]:
         parts.append(f"Left out after they broke the GPU's context: {', '.join(record['lost_to'])}.")
     return parts
+
+
+def free(record: dict) -> list[str]:
+    """The steps with a list that costs nothing, and how far ahead of the best peer such a list would be."""
+    lines = []
+    for floor in record["floors"]:
+        if "vectors_free_ms" not in floor:  # a record from before there was a free list
+            continue
+        cells = [floor["system"]]
+        for step in FREE_STEPS:
+            column, least = f"{step}_ms", floor[f"{step}_free_ms"]
+            rows = [row for row in record["rows"] if row["system"] == floor["system"] and row[column]]
+            cells.append(f"{least:.3g}")
+            for own in (True, False):
+                times = [row[column] for row in rows if (row["library"] == "diffnl") == own]
+                cells.append(f"{min(times) / least:.1f}x" if times else "-")
+        lines.append(cells)
+    if not lines:
+        return []
+    titles = ["system"]
+    for step in FREE_STEPS:
+        titles += [f"{step} ms", "diffnl", "best peer"]
+    return [
+        "A list that costs nothing (`benchmarks/free_list.py`): constants through a Python "
+        "`autograd.Function`, and one number read from the GPU. Each step with it, and how many times longer "
+        "diffnl and the best peer take: no list behind a Python `autograd.Function` can be further ahead of "
+        "the best peer than that.",
+        table(titles, lines),
+    ]
 
 
 def training(found: dict | None) -> list[str]:

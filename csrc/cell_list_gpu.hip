@@ -310,10 +310,14 @@ __global__ __launch_bounds__(kThreads) void make_frames(GpuSearch<T> s) {
   if (b < s.num_systems) make_frame(s, b);
 }
 
-template <typename T>
+// Where atoms are few, the last block cuts the systems into bins as well; else that would cost all others
+// registers.
+template <typename T, bool kFew>
 __global__ __launch_bounds__(kThreads) void wrap_atoms(GpuSearch<T> s, int64_t atoms_of_thread) {
   const int64_t first = int64_t(blockIdx.x) * kThreads * atoms_of_thread;
   wrap_atoms_from(s, first + threadIdx.x, kThreads, std::min(first + kThreads * atoms_of_thread, s.num_atoms));
+  if constexpr (kFew)
+    if (is_last_block(&s.state->wrapped)) make_all_grids<kThreads>(s);
 }
 
 template <typename T>
@@ -322,9 +326,11 @@ __global__ __launch_bounds__(kThreads) void make_grids(GpuSearch<T> s) {
 }
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void bin_atoms(GpuSearch<T> s) {
+__global__ __launch_bounds__(kThreads) void bin_atoms(GpuSearch<T> s, bool few_slots) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < s.num_atoms && s.state->fault == 0) bin_atom(s, i);
+  if (few_slots && is_last_block(&s.state->binned))
+    scan_by_one_block<kThreads>(s.slot_counts, s.num_slots, s.slot_starts);
 }
 
 template <typename T>
@@ -352,8 +358,7 @@ __global__ __launch_bounds__(kSmallThreads) void file_small(GpuSearch<T> s) {
   if (s.state->fault != 0) return;
   for (int64_t i = first; i < s.num_atoms; i += kSmallThreads) bin_atom(s, i);
   __syncthreads();
-  const unsigned long long last = scan_in_block<kSmallThreads>(s.slot_counts, s.num_slots, 0, s.slot_starts);
-  if (threadIdx.x == 0) s.slot_starts[s.num_slots] = static_cast<uint32_t>(last);
+  scan_by_one_block<kSmallThreads>(s.slot_counts, s.num_slots, s.slot_starts);
   __syncthreads();
   for (int64_t i = first; i < s.num_atoms; i += kSmallThreads) place_atom(s, i);
   __syncthreads();
@@ -371,13 +376,18 @@ void build_cell_list(const GpuSearch<T>& s, GpuStream stream) {
   const int64_t atom_blocks = blocks_for(s.num_atoms, kThreads);
   DIFFNL_LAUNCH(make_frames<T>, blocks_for(s.num_systems, kThreads), kThreads, stream, s);
   if (s.num_atoms == 0) return;
-  // More atoms a thread mean fewer atomics; fewer keep more of the device at work.
-  const int64_t atoms_of_thread = s.num_atoms >= (1 << 18) ? 8 : 1;
-  DIFFNL_LAUNCH(wrap_atoms<T>, blocks_for(s.num_atoms, kThreads * atoms_of_thread), kThreads, stream, s,
-                atoms_of_thread);
-  DIFFNL_LAUNCH(make_grids<T>, 1, kThreads, stream, s);
-  DIFFNL_LAUNCH(bin_atoms<T>, atom_blocks, kThreads, stream, s);
-  scan_counts(s.slot_counts, s.num_slots, s.partial_sums, s.slot_starts, static_cast<uint32_t*>(nullptr), stream);
+  if (s.num_atoms <= kFewCounts) {
+    DIFFNL_LAUNCH((wrap_atoms<T, true>), atom_blocks, kThreads, stream, s, int64_t(1));
+  } else {
+    // More atoms a thread mean fewer atomics; fewer keep more of the device at work.
+    const int64_t atoms_of_thread = s.num_atoms >= (1 << 18) ? 8 : 1;
+    DIFFNL_LAUNCH((wrap_atoms<T, false>), blocks_for(s.num_atoms, kThreads * atoms_of_thread), kThreads, stream, s,
+                  atoms_of_thread);
+    DIFFNL_LAUNCH(make_grids<T>, 1, kThreads, stream, s);
+  }
+  const bool few_slots = s.num_slots <= kFewCounts;
+  DIFFNL_LAUNCH(bin_atoms<T>, atom_blocks, kThreads, stream, s, few_slots);
+  if (!few_slots) scan_counts(s.slot_counts, s.num_slots, s.partial_sums, s.slot_starts, nullptr, stream);
   DIFFNL_LAUNCH(place_atoms<T>, atom_blocks, kThreads, stream, s);
   DIFFNL_LAUNCH(order_atoms<T>, atom_blocks, kThreads, stream, s);
 }

@@ -25,6 +25,14 @@ namespace diffnl {
 #define DIFFNL_UNROLL(count) DIFFNL_PRAGMA(unroll count)
 #endif
 
+// Bounds of a kernel, and how many of its blocks should find registers on a multiprocessor of NVIDIA. AMD's
+// compiler reads the second number differently, and chooses well by itself.
+#if defined(DIFFNL_CUDA)
+#define DIFFNL_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#else
+#define DIFFNL_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads)
+#endif
+
 // Threads of a wave, known to the compiler: CUDA's warpSize is not.
 __device__ inline constexpr int wave_width() {
 #if defined(DIFFNL_CUDA)
@@ -140,24 +148,86 @@ __device__ inline T block_exclusive_sum(T value, T& total) {
   return before + sum - value;
 }
 
+// Whether this is the last block of its kernel to get here: it then sees all that the others wrote before. A step
+// that needs all of a kernel's work, and one block for its own, so does without a launch. `arrivals` is 0 before.
+__device__ inline bool is_last_block(unsigned* arrivals) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrivals, 1u) == gridDim.x - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+constexpr int kScanItems = 8;  // consecutive numbers a thread adds up in a scan
+
+template <typename V>
+struct alignas(16) ScanItems {
+  V of[kScanItems];
+};
+
+// counts[first .. first + kScanItems), zeros beyond `size`. `first` is a multiple of kScanItems.
+__device__ inline ScanItems<uint32_t> load_items(const uint32_t* counts, int64_t first, int64_t size) {
+  if (first + kScanItems <= size) return reinterpret_cast<const ScanItems<uint32_t>*>(counts + first)[0];
+  ScanItems<uint32_t> items;
+  DIFFNL_UNROLL(kScanItems)
+  for (int u = 0; u < kScanItems; ++u) items.of[u] = first + u < size ? counts[first + u] : 0;
+  return items;
+}
+
+template <typename V>
+__device__ inline void store_items(V* out, int64_t first, int64_t size, const ScanItems<V>& items) {
+  if (first + kScanItems <= size) {
+    reinterpret_cast<ScanItems<V>*>(out + first)[0] = items;
+    return;
+  }
+  DIFFNL_UNROLL(kScanItems)
+  for (int u = 0; u < kScanItems; ++u)
+    if (first + u < size) out[first + u] = items.of[u];
+}
+
 // Exclusive sum of counts[0 .. size) by all threads of one block, starting at `before`; returns where it ends.
-// `largest`, unless null, is raised to the largest count.
+// `largest`, unless null, is raised to the largest count. Both arrays begin at multiples of 16 bytes.
 template <int kBlock, typename Offset>
 __device__ inline unsigned long long scan_in_block(const uint32_t* counts, int64_t size, unsigned long long before,
                                                    Offset* offsets, uint32_t* largest = nullptr) {
+  constexpr int64_t kStep = int64_t(kBlock) * kScanItems;
   unsigned most = 0;
-  for (int64_t k0 = 0; k0 < size; k0 += kBlock) {
-    const int64_t k = k0 + threadIdx.x;
-    unsigned long long total;
-    const uint32_t count = k < size ? counts[k] : 0;
-    const unsigned long long own = block_exclusive_sum<kBlock>(static_cast<unsigned long long>(count), total);
-    if (k < size) offsets[k] = static_cast<Offset>(before + own);
+  int64_t k = int64_t(threadIdx.x) * kScanItems;
+  ScanItems<uint32_t> next = load_items(counts, k, size);
+  for (int64_t first = 0; first < size; first += kStep, k += kStep) {
+    const ScanItems<uint32_t> count = next;
+    next = load_items(counts, k + kStep, size);  // on its way while these are added up
+    unsigned long long own = 0, total;
+    DIFFNL_UNROLL(kScanItems)
+    for (int u = 0; u < kScanItems; ++u) {
+      own += count.of[u];
+      most = std::max(most, count.of[u]);
+    }
+    unsigned long long sum = before + block_exclusive_sum<kBlock>(own, total);
+    ScanItems<Offset> items;
+    DIFFNL_UNROLL(kScanItems)
+    for (int u = 0; u < kScanItems; ++u) {
+      items.of[u] = static_cast<Offset>(sum);
+      sum += count.of[u];
+    }
+    store_items(offsets, k, size, items);
     before += total;
-    most = std::max(most, count);
   }
   if (largest != nullptr && most > 0) atomicMax(largest, most);
   return before;
 }
+
+// The same from 0 on, and the sum of all behind them: offsets (size + 1,).
+template <int kBlock, typename Offset>
+__device__ inline void scan_by_one_block(const uint32_t* counts, int64_t size, Offset* offsets,
+                                         uint32_t* largest = nullptr) {
+  const unsigned long long last = scan_in_block<kBlock>(counts, size, 0, offsets, largest);
+  if (threadIdx.x == 0) offsets[size] = static_cast<Offset>(last);
+}
+
+constexpr int64_t kFewCounts = 16384;  // that one block scans faster than several would with another launch
 
 // combine(a, b) over all threads of a block, in an order that depends on kThreads alone, not on the width of a
 // wave. The result is there in thread 0.

@@ -6,6 +6,11 @@
 #define hipDeviceAttributeMultiprocessorCount cudaDevAttrMultiProcessorCount
 #define hipDeviceGetAttribute cudaDeviceGetAttribute
 #define hipError_t cudaError_t
+#define hipEventCreateWithFlags cudaEventCreateWithFlags
+#define hipEventDisableTiming cudaEventDisableTiming
+#define hipEventRecord cudaEventRecord
+#define hipEventSynchronize cudaEventSynchronize
+#define hipEvent_t cudaEvent_t
 #define hipGetDevice cudaGetDevice
 #define hipGetErrorString cudaGetErrorString
 #define hipGetLastError cudaGetLastError

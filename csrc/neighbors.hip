@@ -9,6 +9,8 @@
 // earlier bins of its stencil, which is an exclusive sum over its segments, plus the number of bits below in its
 // word.
 
+#include <map>
+
 #include "traverse_gpu.h"
 
 namespace diffnl {
@@ -72,24 +74,22 @@ struct CountSink {
 };
 
 template <typename T>
-__global__ __launch_bounds__(kSearchThreads) void count_bins(GpuSearch<T> s) {
+__global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 10) void count_bins(GpuSearch<T> s) {
   __shared__ Home<T> home;
   __shared__ Candidates near;
   if (s.state->fault != 0) return;
   const uint32_t num_bins = s.state->num_bins, shares = shares_of_bins(num_bins);
-  CountSink<T> sink{s, home, near, {0, shares}, 0};
+  CountSink<T> sink{s, home, near, {0, 1}, 0};
   for (uint32_t u = blockIdx.x; u < num_bins * shares; u += gridDim.x) {
-    sink.share.number = u % shares;
+    sink.share = {u % shares, shares};
     traverse_bin(s, s.bins[u / shares], home, near, sink);
     if (home.abandoned) return;
   }
 }
 
-// Turns the segments of each atom into the number of pairs in the segments before.
+// Turns the segments of atom c into the number of pairs in the segments before.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void sum_segments(GpuSearch<T> s) {
-  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= s.num_atoms || s.state->fault != 0 || s.state->unlinkable != 0) return;
+__device__ inline void sum_segments(const GpuSearch<T>& s, int64_t c) {
   const GpuSystem& system = s.systems[s.places[c].system];
   const int64_t stride = system.num_atoms, stencil = system.stencil;
   uint16_t* segments = s.segments + system.segment_base + (c - system.first_atom);
@@ -108,9 +108,14 @@ __global__ __launch_bounds__(kThreads) void sum_segments(GpuSearch<T> s) {
 }
 
 template <typename T>
-__device__ inline void tell_host(const GpuSearch<T>& s, int64_t num_pairs) {
+__device__ inline bool is_linkable(const GpuSearch<T>& s) {
+  return s.state->unlinkable == 0 && s.state->longest_row < Link::kLongestRow;
+}
+
+template <typename T>
+__device__ inline void tell_host(const GpuSearch<T>& s) {
   Summary& out = *s.summary;
-  out.num_pairs = num_pairs;
+  out.num_pairs = s.num_atoms > 0 ? s.offsets[s.num_atoms] : 0;
   out.fault = s.state->fault == 0 ? 0 : ~static_cast<uint64_t>(s.state->fault);
   if (s.state->abandoned != 0 && out.fault == 0) {
     out.fault = pack_fault(Fault::out_of_memory, 0);
@@ -118,13 +123,22 @@ __device__ inline void tell_host(const GpuSearch<T>& s, int64_t num_pairs) {
   }
   out.num_bins = s.state->num_bins;
   out.longest_row = s.state->longest_row;
-  out.linkable = s.state->unlinkable == 0 && s.state->longest_row < Link::kLongestRow;
+  out.linkable = is_linkable(s);
   __threadfence_system();
 }
 
+// What is left to do between counting and filling. The first block tells the host, and if rows are few it is the
+// one that finds where they begin; the others sum the segments, which nobody needs before the fill.
 template <typename T>
-__global__ void write_summary(GpuSearch<T> s) {
-  tell_host(s, s.num_atoms > 0 ? s.offsets[s.num_atoms] : 0);
+__global__ __launch_bounds__(kThreads) void finish_count(GpuSearch<T> s, bool few_rows) {
+  if (blockIdx.x == 0) {
+    if (few_rows) scan_by_one_block<kThreads>(s.row_counts, s.num_atoms, s.offsets, &s.state->longest_row);
+    __syncthreads();
+    if (threadIdx.x == 0) tell_host(s);
+    return;
+  }
+  const int64_t c = int64_t(blockIdx.x - 1) * kThreads + threadIdx.x;
+  if (c < s.num_atoms && s.state->fault == 0 && s.state->unlinkable == 0) sum_segments(s, c);
 }
 
 // What the fill shares beyond the traversal.
@@ -279,57 +293,89 @@ struct FillSink {
   }
 };
 
+// Unless `room` is negative, the number of pairs has to be read here, and nothing is written where they exceed it.
 template <typename T>
-__global__ __launch_bounds__(kSearchThreads) void fill_bins(GpuSearch<T> s, GpuPairs<T> out) {
+__global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s, GpuPairs<T> out, int64_t room) {
   __shared__ Home<T> home;
   __shared__ Candidates near;
   __shared__ Rows<T> rows;
+  if (room >= 0) {
+    out.num_pairs = s.offsets[s.num_atoms];
+    if (!is_linkable(s)) out.links = nullptr;
+    if (s.state->fault != 0 || s.state->abandoned != 0 || out.num_pairs > room) return;
+  }
   const uint32_t num_bins = s.state->num_bins, shares = shares_of_bins(num_bins);
-  FillSink<T> sink{s, home, near, rows, out, {0, shares}};
+  FillSink<T> sink{s, home, near, rows, out, {0, 1}};
   for (uint32_t u = blockIdx.x; u < num_bins * shares; u += gridDim.x) {
-    sink.share.number = u % shares;
+    sink.share = {u % shares, shares};
     traverse_bin(s, s.bins[u / shares], home, near, sink);
   }
 }
 
-int num_multiprocessors() {
-  int device = 0, count = 0;
+int current_device() {
+  int device = 0;
   check_call(hipGetDevice(&device), "hipGetDevice");
-  check_call(hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, device),
+  return device;
+}
+
+int num_multiprocessors() {
+  int count = 0;
+  check_call(hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, current_device()),
              "hipDeviceGetAttribute");
   return count;
+}
+
+// Blocks for kernels that take bins in turns, where the host does not know the number of bins: as many as are
+// likely needed, but not more than fill the device.
+template <typename T>
+int64_t blocks_for_bins(const GpuSearch<T>& s) {
+  const int64_t bins = s.likely_bins > 0 ? std::min(s.likely_bins, s.num_atoms) : s.num_atoms;
+  const int64_t shares = s.likely_bins > 0 ? shares_of_bins(static_cast<uint32_t>(bins)) : kMostShares;
+  return std::min<int64_t>(bins * shares, int64_t(num_multiprocessors()) * 32);
+}
+
+// One for each thread and device; never freed.
+hipEvent_t event_of_thread() {
+  static thread_local std::map<int, hipEvent_t> events;
+  hipEvent_t& event = events[current_device()];
+  if (event == nullptr) check_call(hipEventCreateWithFlags(&event, hipEventDisableTiming), "hipEventCreate");
+  return event;
 }
 
 }  // namespace
 
 template <typename T>
-Summary count_pairs(const GpuSearch<T>& s, GpuStream stream) {
-  if (s.num_atoms > 0) {
-    // The number of bins is not known here: enough blocks to fill the device take them in turns.
-    const int64_t blocks = std::min<int64_t>(s.num_atoms * kMostShares, int64_t(num_multiprocessors()) * 32);
-    DIFFNL_LAUNCH(count_bins<T>, blocks, kSearchThreads, stream, s);
-    if (s.segments != nullptr)
-      DIFFNL_LAUNCH(sum_segments<T>, blocks_for(s.num_atoms, kThreads), kThreads, stream, s);
-    scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, &s.state->longest_row, stream);
-  }
-  DIFFNL_LAUNCH(write_summary<T>, 1, 1, stream, s);
-  check_call(hipStreamSynchronize(static_cast<hipStream_t>(stream)), "the search");
-  return *s.summary;
+void count_pairs(const GpuSearch<T>& s, GpuStream stream) {
+  const bool few_rows = s.num_atoms <= kFewCounts;
+  if (s.num_atoms > 0) DIFFNL_LAUNCH(count_bins<T>, blocks_for_bins(s), kSearchThreads, stream, s);
+  if (!few_rows) scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, &s.state->longest_row, stream);
+  const int64_t blocks = s.segments == nullptr ? 1 : 1 + blocks_for(s.num_atoms, kThreads);
+  DIFFNL_LAUNCH(finish_count<T>, blocks, kThreads, stream, s, few_rows);
+}
+
+void mark_summary(GpuStream stream) {
+  check_call(hipEventRecord(event_of_thread(), static_cast<hipStream_t>(stream)), "hipEventRecord");
+}
+
+void wait_for_summary() { check_call(hipEventSynchronize(event_of_thread()), "the search"); }
+
+template <typename T>
+void fill_pairs(const GpuSearch<T>& s, uint32_t num_bins, const GpuPairs<T>& out, GpuStream stream) {
+  if (out.num_pairs == 0) return;
+  const int64_t blocks = int64_t(num_bins) * shares_of_bins(num_bins);
+  DIFFNL_LAUNCH(fill_bins<T>, blocks, kSearchThreads, stream, s, out, int64_t(-1));
 }
 
 template <typename T>
-void fill_pairs(const GpuSearch<T>& s, const Summary& summary, const GpuPairs<T>& out, GpuStream stream) {
-  if (out.num_pairs == 0) return;
-  const int64_t blocks = int64_t(summary.num_bins) * shares_of_bins(summary.num_bins);
-  DIFFNL_LAUNCH(fill_bins<T>, blocks, kSearchThreads, stream, s, out);
+void fill_pairs_if_they_fit(const GpuSearch<T>& s, int64_t room, const GpuPairs<T>& out, GpuStream stream) {
+  DIFFNL_LAUNCH(fill_bins<T>, blocks_for_bins(s), kSearchThreads, stream, s, out, room);
 }
 
 template <typename T>
 int64_t pairs_in_device_memory() {
   static thread_local int known_device = -1;
   static thread_local size_t total = 0;
-  int device = 0;
-  check_call(hipGetDevice(&device), "hipGetDevice");
+  const int device = current_device();
   if (device != known_device) {
     size_t free = 0;
     check_call(hipMemGetInfo(&free, &total), "hipMemGetInfo");
@@ -359,9 +405,10 @@ Summary* summary_of_thread() {
   return static_cast<Summary*>(memory);
 }
 
-#define DIFFNL_INSTANTIATE(T)                                                                   \
-  template Summary count_pairs(const GpuSearch<T>&, GpuStream);                                 \
-  template void fill_pairs(const GpuSearch<T>&, const Summary&, const GpuPairs<T>&, GpuStream); \
+#define DIFFNL_INSTANTIATE(T)                                                                        \
+  template void count_pairs(const GpuSearch<T>&, GpuStream);                                         \
+  template void fill_pairs(const GpuSearch<T>&, uint32_t, const GpuPairs<T>&, GpuStream);            \
+  template void fill_pairs_if_they_fit(const GpuSearch<T>&, int64_t, const GpuPairs<T>&, GpuStream); \
   template int64_t pairs_in_device_memory<T>();
 DIFFNL_INSTANTIATE(float)
 DIFFNL_INSTANTIATE(double)

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <vector>
 
 #include "errors.h"
@@ -72,7 +73,7 @@ int64_t segment_capacity(int64_t num_atoms) {
 
 SearchPrices search_prices(int64_t num_atoms) {
   const int64_t stencil = segment_capacity(num_atoms) / std::max<int64_t>(num_atoms, 1);
-  return {20.0, 4.0, 1024.0, static_cast<double>(num_atoms), stencil >= 343 ? 3 : stencil >= 125 ? 2 : 1};
+  return {20.0, 4.0, 512.0, static_cast<double>(num_atoms), stencil >= 343 ? 3 : stencil >= 125 ? 2 : 1};
 }
 
 [[noreturn]] void raise_fault(const Summary& summary, const int64_t* system_idx, GpuStream stream) {
@@ -95,6 +96,58 @@ SearchPrices search_prices(int64_t num_atoms) {
 
 struct Found {
   Tensor mapping, shifts, vectors, links, rows;
+};
+
+// The tensors of a list of `num_pairs` pairs.
+Found make_outputs(const Tensor& positions, int64_t num_pairs, bool linked) {
+  return {empty(positions, {2, num_pairs}, ScalarType::Long), empty(positions, {num_pairs, 3}, ScalarType::Int),
+          empty(positions, {num_pairs, 3}, positions.scalar_type()),
+          empty(positions, {linked ? num_pairs : 0}, ScalarType::Long), empty(positions, {0}, ScalarType::Long)};
+}
+
+// The same with fewer pairs, in the same memory.
+Found cut(const Found& from, int64_t num_pairs, bool linked) {
+  return {front_of(from.mapping, {2, num_pairs}), front_of(from.shifts, {num_pairs, 3}),
+          front_of(from.vectors, {num_pairs, 3}), front_of(from.links, {linked ? num_pairs : 0}), from.rows};
+}
+
+template <typename T>
+GpuPairs<T> pointers(const Found& found, int64_t num_pairs) {
+  Link* links =
+      found.links.size(0) > 0 ? static_cast<Link*>(found.links.mutable_data_ptr()) : static_cast<Link*>(nullptr);
+  return {mutable_data<int64_t>(found.mapping), mutable_data<int32_t>(found.shifts),
+          mutable_data<T>(found.vectors), links, num_pairs};
+}
+
+// What a search will find, going by this thread's last one: as many bins an atom, as many pairs a volume. A good
+// guess saves a small search the time between the moment when the host learns the number of pairs and the moment
+// when the fill begins: memory is made, and the fill launched, while the device still counts. A bad one costs that
+// launch.
+class Guess {
+ public:
+  // `volumes` is what the number of pairs grows with, in any unit. 0 where there is nothing to go by.
+  int64_t pairs(double volumes, int64_t bytes_a_pair) const {
+    // Beyond these bytes the wait does not matter, but the memory does.
+    constexpr double most_bytes = 1 << 26;
+    const double guess = 1.0625 * pairs_ * volumes;
+    return guess * static_cast<double>(bytes_a_pair) > most_bytes ? 0 : static_cast<int64_t>(guess);
+  }
+  int64_t bins(int64_t num_atoms) const {
+    return static_cast<int64_t>(std::ceil(bins_ * static_cast<double>(num_atoms)));
+  }
+  // Whether memory for `room` pairs, which is there already, may be kept for `num_pairs`.
+  static bool suits(int64_t room, int64_t num_pairs, int64_t bytes_a_pair) {
+    constexpr int64_t little = 1 << 20;
+    return num_pairs <= room &&
+           (room - num_pairs) * bytes_a_pair <= std::max(little, num_pairs * bytes_a_pair / 8);
+  }
+  void learn(const Summary& found, int64_t num_atoms, double volumes) {
+    pairs_ = static_cast<double>(found.num_pairs) / volumes;
+    bins_ = static_cast<double>(found.num_bins) / static_cast<double>(num_atoms);
+  }
+
+ private:
+  double pairs_ = 0.0, bins_ = 0.0;
 };
 
 template <typename T>
@@ -124,6 +177,8 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
   s.full = full;
   s.prices = search_prices(n);
   s.summary = summary_of_thread();
+  static thread_local Guess guess;
+  s.likely_bins = guess.bins(n);
 
   Workspace work;
   work.add(s.state, 1);
@@ -156,38 +211,61 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
 
   set_on_device(s.state, 0, cleared, on.stream());
   build_cell_list(s, on.stream());
-  const Summary summary = count_pairs(s, on.stream());
-  if (summary.fault != 0) raise_fault(summary, s.system_idx, on.stream());
+  count_pairs(s, on.stream());
+  mark_summary(on.stream());
 
+  const double volumes = static_cast<double>(n) * cutoff * cutoff * cutoff * (full ? 1.0 : 0.5);
+  const int64_t bytes_a_pair = 28 + 3 * static_cast<int64_t>(sizeof(T)) + (linked ? 8 : 0);
+  const int64_t room = sorted ? 0 : guess.pairs(volumes, bytes_a_pair);
+  std::optional<Found> roomy;
+  if (room > 0) {
+    roomy = make_outputs(positions, room, linked);
+    fill_pairs_if_they_fit(s, room, pointers<T>(*roomy, room), on.stream());
+  }
+
+  wait_for_summary();
+  const Summary summary = *s.summary;
+  if (summary.fault != 0) raise_fault(summary, s.system_idx, on.stream());
   const int64_t num_pairs = summary.num_pairs;
+  if (n > 0) guess.learn(summary, n, volumes);
   linked = linked && summary.linkable != 0 && num_pairs > 0;
+  if (roomy.has_value() && Guess::suits(room, num_pairs, bytes_a_pair)) {
+    Found found = cut(*roomy, num_pairs, linked);
+    if (linked) found.rows = rows;
+    return found;
+  }
+  if (roomy.has_value()) {
+    roomy.reset();
+    // That fill may have counted what it has placed.
+    set_on_device(s.placed, 0, n * static_cast<int64_t>(sizeof(uint32_t)), on.stream());
+  }
+
   // torch's own error cannot leave its C interface with its type, so it gets a code like the others.
-  const auto allocate = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
+  const auto allocate = [&](int64_t count, bool with_links) {
     try {
-      return empty(positions, shape, dtype);
+      return make_outputs(positions, count, with_links);
     } catch (const std::exception&) {
       data_error("out_of_memory", num_pairs);
     }
   };
-  Found found{allocate({2, num_pairs}, ScalarType::Long), allocate({num_pairs, 3}, ScalarType::Int),
-              allocate({num_pairs, 3}, positions.scalar_type()),
-              allocate({linked ? num_pairs : 0}, ScalarType::Long),
-              linked ? rows : empty(positions, {0}, ScalarType::Long)};
-  const GpuPairs<T> pairs{mutable_data<int64_t>(found.mapping), mutable_data<int32_t>(found.shifts),
-                          mutable_data<T>(found.vectors),
-                          linked ? static_cast<Link*>(found.links.mutable_data_ptr()) : nullptr, num_pairs};
+  Found found = allocate(num_pairs, linked);
+  if (linked) found.rows = rows;
+  const GpuPairs<T> pairs = pointers<T>(found, num_pairs);
   if (!sorted) {
-    fill_pairs(s, summary, pairs, on.stream());
-  } else {
-    // Rows too long to be sorted in shared memory are sorted from one tensor to another.
-    const bool in_place = summary.longest_row <= kSortedInPlace;
-    const Tensor mapping = in_place ? found.mapping : allocate({2, num_pairs}, ScalarType::Long);
-    const Tensor shifts = in_place ? found.shifts : allocate({num_pairs, 3}, ScalarType::Int);
-    const GpuPairs<T> unsorted{mutable_data<int64_t>(mapping), mutable_data<int32_t>(shifts), nullptr, nullptr,
-                               num_pairs};
-    fill_pairs(s, summary, unsorted, on.stream());
-    sort_rows(s, unsorted, pairs, on.stream());
+    fill_pairs(s, summary.num_bins, pairs, on.stream());
+    return found;
   }
+  // Rows too long to be sorted in shared memory are sorted from one tensor to another.
+  GpuPairs<T> unsorted = pairs;
+  std::optional<Found> other;
+  if (summary.longest_row > kSortedInPlace) {
+    other = allocate(num_pairs, false);
+    unsorted = pointers<T>(*other, num_pairs);
+  }
+  unsorted.vectors = nullptr;
+  unsorted.links = nullptr;
+  fill_pairs(s, summary.num_bins, unsorted, on.stream());
+  sort_rows(s, unsorted, pairs, on.stream());
   return found;
 }
 

@@ -1,5 +1,5 @@
 // The GPU backend's entry points, on raw device pointers: implemented in *.hip, called by neighbors_gpu.cpp.
-// Everything runs on the given stream; only `count_pairs` waits for it.
+// Everything runs on the given stream; only `wait_for_summary` waits for it.
 #pragma once
 
 #include <cstdint>
@@ -93,8 +93,9 @@ struct SearchState {
   unsigned long long num_counted;
   unsigned num_bins;
   uint32_t longest_row;
-  unsigned unlinkable;  // segments or shifts do not fit a Link
-  unsigned abandoned;   // more pairs than memory holds
+  unsigned unlinkable;       // segments or shifts do not fit a Link
+  unsigned abandoned;        // more pairs than memory holds
+  unsigned wrapped, binned;  // blocks that have done so
 };
 
 enum class Fault : uint64_t {
@@ -131,6 +132,7 @@ struct GpuSearch {
   T cutoff2;
   bool full;
   SearchPrices prices;
+  int64_t likely_bins;  // a guess of the number of bins, for as many blocks; 0: none
 
   SearchState* state;
   GpuSystem* systems;        // (B,)
@@ -157,12 +159,13 @@ struct GpuSearch {
   Summary* summary;          // host memory
 };
 
+// The list. Its arrays are packed for P pairs, whatever room they have.
 template <typename T>
 struct GpuPairs {
   int64_t* mapping;  // (2, P)
   int32_t* shifts;   // (P, 3)
-  T* vectors;        // (P, 3)
-  Link* links;       // (P,) or null
+  T* vectors;        // (P, 3), or null
+  Link* links;       // (P,), or null; not written where the list cannot be linked
   int64_t num_pairs;
 };
 
@@ -179,13 +182,23 @@ template <typename Offset>
 void scan_counts(const uint32_t* counts, int64_t size, uint64_t* partial_sums, Offset* offsets, uint32_t* largest,
                  GpuStream stream);
 
-// Counts all pairs and waits for the summary (neighbors.hip).
+// Counts all pairs and sends the summary to the host (neighbors.hip).
 template <typename T>
-Summary count_pairs(const GpuSearch<T>& search, GpuStream stream);
+void count_pairs(const GpuSearch<T>& search, GpuStream stream);
+
+// Marks the place in the stream where the summary is there, and waits for it. What was launched in between goes
+// on.
+void mark_summary(GpuStream stream);
+void wait_for_summary();
 
 // Writes the pairs, in the order of the search.
 template <typename T>
-void fill_pairs(const GpuSearch<T>& search, const Summary& summary, const GpuPairs<T>& out, GpuStream stream);
+void fill_pairs(const GpuSearch<T>& search, uint32_t num_bins, const GpuPairs<T>& out, GpuStream stream);
+
+// The same before the host knows how many there are: where they exceed `room`, or the search has failed, nothing
+// is written. `num_pairs` of `out` does not matter.
+template <typename T>
+void fill_pairs_if_they_fit(const GpuSearch<T>& search, int64_t room, const GpuPairs<T>& out, GpuStream stream);
 
 // Puts each row in order of (j, S): `from` (which `pairs` may be, where no row is longer than kSortedInPlace)
 // holds mapping and shifts; then writes vectors, and links if there are any.

@@ -250,8 +250,9 @@ struct Grid {
   AxisBins axis[3];
   double origin[3];         // smallest fractional coordinate: 0 on periodic axes
   double bins_per_unit[3];  // bin = (q - origin) * bins_per_unit
-  double radius;            // cutoff plus the bound on rounding
-  double bin_diagonal;      // largest distance between two points of one bin
+  double units_per_bin[3];
+  double radius;        // cutoff plus the bound on rounding
+  double bin_diagonal;  // largest distance between two points of one bin
 };
 
 template <typename T>
@@ -272,7 +273,8 @@ DIFFNL_HD inline Reach make_grid(const SearchCell& cell, const AtomRange& range,
   for (int k = 0; k < 3; ++k) {
     out.origin[k] = cell.periodic[k] ? 0.0 : range.q_low[k];
     out.bins_per_unit[k] = span[k] > 0.0 ? static_cast<double>(out.axis[k].bins) / span[k] : 1.0;
-    out.bin_diagonal += norm(cell.h + 3 * k) / out.bins_per_unit[k];
+    out.units_per_bin[k] = 1.0 / out.bins_per_unit[k];
+    out.bin_diagonal += norm(cell.h + 3 * k) * out.units_per_bin[k];
   }
   return reach;
 }

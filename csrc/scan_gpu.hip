@@ -7,10 +7,7 @@ namespace diffnl {
 
 namespace {
 
-constexpr int kScanItems = 8;  // numbers a thread adds up in a scan
 constexpr int64_t kScanBlock = int64_t(kThreads) * kScanItems;
-constexpr int kOneBlock = 512;        // one block does it all
-constexpr int64_t kFewCounts = 8192;  // for as many counts
 
 struct Sum {
   __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const { return a + b; }
@@ -53,14 +50,6 @@ __global__ __launch_bounds__(kThreads) void scan_block(const uint32_t* counts, i
   if (threadIdx.x == 0 && end == size) offsets[size] = static_cast<Offset>(last);
 }
 
-// One block for all counts.
-template <typename Offset>
-__global__ __launch_bounds__(kOneBlock) void scan_small(const uint32_t* counts, int64_t size, Offset* offsets,
-                                                        uint32_t* largest) {
-  const unsigned long long last = scan_in_block<kOneBlock>(counts, size, 0, offsets, largest);
-  if (threadIdx.x == 0) offsets[size] = static_cast<Offset>(last);
-}
-
 }  // namespace
 
 int64_t partial_sums_for(int64_t size) { return blocks_for(size, kScanBlock); }
@@ -68,10 +57,6 @@ int64_t partial_sums_for(int64_t size) { return blocks_for(size, kScanBlock); }
 template <typename Offset>
 void scan_counts(const uint32_t* counts, int64_t size, uint64_t* partial_sums, Offset* offsets, uint32_t* largest,
                  GpuStream stream) {
-  if (size <= kFewCounts) {
-    DIFFNL_LAUNCH(scan_small<Offset>, 1, kOneBlock, stream, counts, size, offsets, largest);
-    return;
-  }
   const int64_t blocks = partial_sums_for(size);
   DIFFNL_LAUNCH(sum_counts, blocks, kThreads, stream, counts, size, partial_sums, largest);
   DIFFNL_LAUNCH(scan_block<Offset>, blocks, kThreads, stream, counts, size, partial_sums, offsets);

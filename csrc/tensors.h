@@ -140,14 +140,32 @@ void by_dtype(const Tensor& t, const Run& run) {
   floating_dtype(t) == ScalarType::Float ? run(0.0f) : run(0.0);
 }
 
+// Sizes and strides of a packed tensor, at most three of each.
+struct Layout {
+  std::array<int64_t, 3> sizes{}, strides{};
+  int64_t dims;
+
+  explicit Layout(std::initializer_list<int64_t> shape) : dims(static_cast<int64_t>(shape.size())) {
+    std::copy(shape.begin(), shape.end(), sizes.begin());
+    int64_t stride = 1;
+    for (size_t k = shape.size(); k-- > 0; stride *= std::max<int64_t>(sizes[k], 1)) strides[k] = stride;
+  }
+};
+
+// The first elements of a packed tensor in another shape, in the same memory; no view in autograd's sense.
+inline Tensor front_of(const Tensor& t, std::initializer_list<int64_t> shape) {
+  const Layout layout(shape);
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error =
+      aoti_torch__reinterpret_tensor(t.get(), layout.dims, layout.sizes.data(), layout.strides.data(), 0, &handle);
+  require(error == 0, "torch could not make a tensor");
+  return Tensor(handle);
+}
+
 // torch.empty on the device of `like`. Straight from the C interface: torch::stable::new_empty goes through the
 // dispatcher, which costs as much as a kernel launch.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  std::array<int64_t, 3> sizes{}, strides{};
-  const size_t dims = shape.size();
-  std::copy(shape.begin(), shape.end(), sizes.begin());
-  int64_t stride = 1;
-  for (size_t k = dims; k-- > 0; stride *= std::max<int64_t>(sizes[k], 1)) strides[k] = stride;
+  const Layout layout(shape);
   int32_t device = 0, dtype_code = 0;
   switch (dtype) {
     case ScalarType::Byte:
@@ -167,7 +185,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   }
   require(aoti_torch_get_device_type(like.get(), &device) == 0, "a tensor has no device");
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes.data(), strides.data(),
+  const AOTITorchError error = aoti_torch_empty_strided(layout.dims, layout.sizes.data(), layout.strides.data(),
                                                         dtype_code, device, like.get_device_index(), &handle);
   require(error == 0, "torch could not make a tensor");
   return Tensor(handle);

@@ -38,10 +38,14 @@ DIFFNL_HD inline uint32_t shares_of_bins(uint32_t num_bins) {
   return shares < 1 ? 1 : shares > kMostShares ? kMostShares : shares;
 }
 
-// One of the shares of a bin.
+// One of the shares of a bin: of what is numbered below 32, every so manieth.
 struct Share {
-  uint32_t number, shares;
-  __device__ bool owns(int n) const { return static_cast<uint32_t>(n) % shares == number; }
+  uint32_t owned;  // bit n: this block's
+
+  __device__ Share(uint32_t number, uint32_t shares) : owned(1u << number) {
+    for (uint32_t known = shares; known < 32; known *= 2) owned |= owned << known;
+  }
+  __device__ bool owns(int n) const { return (owned >> n & 1) != 0; }
 };
 
 // What a block shares about the bin it works on.
@@ -74,9 +78,9 @@ struct Candidates {
 // Candidates by the thousand are cheap to skip, images by the million are not: bins further from the home bin than
 // the cutoff hold no neighbours.
 __device__ inline bool out_of_reach(const GpuSystem& s, int64_t dx, int64_t dy, int64_t dz) {
-  const double x = static_cast<double>(dx) / s.grid.bins_per_unit[0];
-  const double y = static_cast<double>(dy) / s.grid.bins_per_unit[1];
-  const double z = static_cast<double>(dz) / s.grid.bins_per_unit[2];
+  const double x = static_cast<double>(dx) * s.grid.units_per_bin[0];
+  const double y = static_cast<double>(dy) * s.grid.units_per_bin[1];
+  const double z = static_cast<double>(dz) * s.grid.units_per_bin[2];
   double squared = 0.0;
   for (int c = 0; c < 3; ++c) {
     const double o = cell_translation(x, y, z, s.cell.h, c);

@@ -201,10 +201,14 @@ def _num_systems(pair_list, num_atoms: int, cell: Tensor | None) -> int:
     return 0 if cell is None else _validate.num_systems(cell)
 
 
-def _ends_here(grad: Tensor) -> bool:
-    """Whether nobody differentiates, vmaps or pushes tangents through this backward: then the bare operator
-    does, without the cost of a Function."""
-    return not (torch.is_grad_enabled() or _transforms_active() or unpack_dual(grad).tangent is not None)
+def nobody_differentiates(*inputs: Tensor) -> bool:
+    """Whether nobody differentiates, vmaps or pushes tangents through an operator of these inputs: then the
+    bare operator does, without the cost of a Function."""
+    return not (
+        (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
+        or _transforms_active()
+        or any(unpack_dual(t).tangent is not None for t in inputs)
+    )
 
 
 def _gradients(ctx, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -212,7 +216,7 @@ def _gradients(ctx, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     need_positions, need_cell = ctx.needs_input_grad[:2]
     if grad is None or not (need_positions or need_cell):
         return None, None
-    adjoint = _ops.adjoint_of_list if _ends_here(grad) else PairVectorsAdjoint.call
+    adjoint = _ops.adjoint_of_list if nobody_differentiates(grad) else PairVectorsAdjoint.call
     grad_positions, grad_cell = adjoint(grad, *ctx.saved_tensors, *ctx.sizes, need_positions, need_cell)
     return grad_positions if need_positions else None, grad_cell.view(ctx.cell_shape) if need_cell else None
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops, _validate
-from .autograd import LinkedSearch, PairVectors, Search
+from .autograd import LinkedSearch, PairVectors, Search, nobody_differentiates
 
 
 class _PairFields(NamedTuple):
@@ -128,6 +128,8 @@ def _find(positions, cell, pbc, system_idx, cutoff: float, full: bool, sorted: b
     pbc = _validate.pbc(pbc, positions)
     system_idx = _validate.system_idx(system_idx, positions)
     cell, pbc = _validate.systems(cell, pbc, system_idx, positions)
+    if not torch.compiler.is_compiling() and nobody_differentiates(positions, cell):
+        return Pairs(*_ops.neighbor_pairs(positions, cell, pbc, system_idx, cutoff, full, sorted))
     if full and _wants_links(positions, cell):
         found = LinkedSearch.call(positions, cell, pbc, system_idx, cutoff, sorted)
         return Pairs(*found[:3])

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bandwidth  # noqa: E402
 import cuda_run  # noqa: E402
+import free_list  # noqa: E402
 import harness  # noqa: E402
 import neighbors  # noqa: E402
 import peers  # noqa: E402
@@ -288,6 +289,34 @@ def test_floors_are_bytes_over_bandwidth(monkeypatch):
         assert floor["vectors_floor_ms"] == floor["backward_floor_ms"] == pytest.approx(1.0)
         assert floor["vectors_ratio"] == pytest.approx(2.0) and floor["backward_ratio"] == pytest.approx(6.0)
         assert floor["train_floor_ms"] > 0 and floor["train_ratio"] is None
+        assert all(floor[f"{step}_free_ms"] > 0 for step in free_list.FREE_STEPS)
+
+
+def test_the_free_list_is_differentiable_twice_and_searches_nothing():
+    system = harness.make_system("2x27", torch.float64)
+    run = free_list.free_list(system, num_pairs=7)
+    positions, cell = (leaf.detach().mul(torch.nan).requires_grad_() for leaf in system.leaves())
+    mapping, shifts, vectors = run(positions, cell, system, True)
+    assert mapping.shape == (2, 7) and shifts.shape == (7, 3)
+    assert torch.equal(vectors, torch.ones(7, 3, dtype=torch.float64))
+    weights = torch.zeros_like(vectors).requires_grad_()
+    first = torch.autograd.grad((vectors * weights).sum(), (positions, cell), create_graph=True)
+    assert all(torch.equal(grad, torch.ones_like(grad)) for grad in first)
+    (second,) = torch.autograd.grad(first[0].sum() + first[1].sum(), weights)
+    assert torch.equal(second, torch.ones(7, 3, dtype=torch.float64))
+
+
+def test_a_report_says_how_far_ahead_any_list_could_be():
+    floor = {"system": "bulk-27"} | {f"{step}_free_ms": 2.0 for step in free_list.FREE_STEPS}
+    rows = [
+        {"system": "bulk-27", "library": name, "vectors_ms": time, "backward_ms": time, "train_ms": None}
+        for name, time in (("slow", 40.0), ("diffnl", 3.0), ("quick", 8.0))
+    ]
+    rows.append(rows[0] | {"system": "bulk-64", "vectors_ms": 1.0})
+    text = "\n".join(report.free({"floors": [floor], "rows": rows}))
+    line = next(line for line in text.splitlines() if line.startswith("| bulk-27"))
+    assert line == "| bulk-27 | 2 | 1.5x | 4.0x | 2 | 1.5x | 4.0x | 2 | - | - |"
+    assert report.free({"floors": [{"system": "bulk-27"}], "rows": rows}) == []
 
 
 def test_a_list_that_goes_wrong_far_out_is_noticed():

@@ -379,3 +379,52 @@ def test_many_systems(count, empty, device):
     shifts[:, 0] = torch.tensor([0, 0, -1, 1]).repeat_interleave(count)
     vectors[:, 0] = torch.tensor([1.0, -1.0, -1.5, 1.5]).repeat_interleave(count)
     assert_equal_values(pairs, diffnl.Pairs(torch.stack([i, j]), shifts, vectors))
+
+
+def dilute(volume, seed, n=60):
+    """n atoms in a periodic cube of `volume` Å³ an atom."""
+    edge = cubic((n * volume) ** (1 / 3))
+    return System("dilute", scatter(n, edge, seed), tensor(edge), ALL, (4.0,))
+
+
+def test_what_was_searched_before_changes_nothing(dtype, device):
+    """On a GPU a search goes by the last one's density to make memory and to launch the fill before its pairs
+    are counted. Here come more pairs than that, fewer, hardly any, none; links that fit and that do not."""
+    volumes = (10.0, 10.0, 9.7, 12.0, 2.0, 40.0, 3e4, 10.0, 1e9, 10.0)
+    for seed, volume in enumerate(volumes):
+        for full in (True, True, False, True):
+            system = dilute(volume, seed)
+            arguments = system.arguments(dtype, device)
+            check_gradients(arguments, 4.0, full)
+            assert_list_equals_reference(arguments, 4.0, full)
+    lone = torch.zeros(1, 3, dtype=dtype, device=device)
+    cell = torch.eye(3, dtype=dtype, device=device)
+    for edge, cutoff in ((1.0, 3.0), (0.1, 3.15), (1.0, 3.0), (1.0, 3.0)):
+        arguments = lone, edge * cell, (True, False, False), None
+        check_gradients(arguments, cutoff)
+        assert_list_equals_reference(arguments, cutoff, True)
+
+
+def test_a_fault_after_a_good_guess_is_raised(dtype, device):
+    arguments = positions, cell, pbc, _ = dilute(10.0, 1).arguments(dtype, device)
+    for _ in range(2):
+        expected = diffnl.neighbor_pairs(positions, cell, pbc, 4.0)
+    wrong = positions.clone()
+    wrong[7, 1] = torch.nan
+    with pytest.raises(ValueError, match="atom 7"):
+        diffnl.neighbor_pairs(wrong, cell, pbc, 4.0)
+    assert_equal_bits(diffnl.neighbor_pairs(positions, cell, pbc, 4.0), expected)
+    assert_list_equals_reference(arguments, 4.0, True)
+
+
+@both_lists
+def test_a_list_keeps_no_more_memory_than_it_needs(full, dtype, device):
+    """A megabyte or an eighth more, whatever was searched before; and it is still the same list."""
+    for volume, n in ((1.0, 600), (1.1, 600), (100.0, 600), (1.0, 600), (1.0, 10)):
+        positions, cell, pbc, _ = dilute(volume, 1, n).arguments(dtype, device)
+        pairs = diffnl.neighbor_pairs(positions, cell, pbc, 4.0, full=full)
+        kept = sum(part.untyped_storage().nbytes() for part in pairs)
+        needed = sum(part.numel() * part.element_size() for part in pairs)
+        assert needed <= kept <= max(needed + 2**20, 1.125 * needed)
+        in_order = diffnl.neighbor_pairs(positions, cell, pbc, 4.0, full=full, sorted=True)
+        assert_same_bits(canonical(pairs), in_order)

@@ -48,6 +48,7 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = DIFFNL_WAVE;
 
 using hipStream_t = struct ihipStream_t*;
+using hipEvent_t = struct ihipEvent_t*;
 enum hipError_t {
   hipSuccess = 0,
   hipErrorInvalidValue = 1,
@@ -57,6 +58,7 @@ enum hipError_t {
 enum hipMemcpyKind { hipMemcpyDeviceToHost = 2, hipMemcpyDeviceToDevice = 3 };
 enum hipDeviceAttribute_t { hipDeviceAttributeMultiprocessorCount };
 enum { hipHostMallocPortable = 1, hipHostMallocMapped = 2 };
+enum { hipEventDisableTiming = 2 };
 
 // ------------------------------------------------------------------- what hip_runtime.cpp provides
 
@@ -142,6 +144,7 @@ inline unsigned long long atomicMax(unsigned long long* to, unsigned long long v
 
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __popcll(unsigned long long bits) { return std::popcount(bits); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 // ------------------------------------------------------------------------------------ on the host
@@ -159,6 +162,9 @@ void hipLaunchKernelGGL(void (*kernel)(Parameters...), dim3 grid, dim3 block, si
 
 // Kernels have ended when their launch returns, so that nothing is left to wait for.
 inline hipError_t hipStreamSynchronize(hipStream_t) { return hipSuccess; }
+inline hipError_t hipEventCreateWithFlags(hipEvent_t*, unsigned) { return hipSuccess; }
+inline hipError_t hipEventRecord(hipEvent_t, hipStream_t) { return hipSuccess; }
+inline hipError_t hipEventSynchronize(hipEvent_t) { return hipSuccess; }
 
 inline hipError_t hipMemsetAsync(void* to, int value, size_t bytes, hipStream_t) {
   if (bytes > 0) std::memset(to, value, bytes);
