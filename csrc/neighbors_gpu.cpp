@@ -98,11 +98,16 @@ struct Found {
   Tensor mapping, shifts, vectors, links, rows;
 };
 
-// The tensors of a list of `num_pairs` pairs.
-Found make_outputs(const Tensor& positions, int64_t num_pairs, bool linked) {
-  return {empty(positions, {2, num_pairs}, ScalarType::Long), empty(positions, {num_pairs, 3}, ScalarType::Int),
-          empty(positions, {num_pairs, 3}, positions.scalar_type()),
-          empty(positions, {linked ? num_pairs : 0}, ScalarType::Long), empty(positions, {0}, ScalarType::Long)};
+// The tensors of a list of `num_pairs` pairs, or nothing where torch has no memory for them.
+std::optional<Found> make_outputs(const Tensor& positions, int64_t num_pairs, bool linked) {
+  try {
+    return Found{
+        empty(positions, {2, num_pairs}, ScalarType::Long), empty(positions, {num_pairs, 3}, ScalarType::Int),
+        empty(positions, {num_pairs, 3}, positions.scalar_type()),
+        empty(positions, {linked ? num_pairs : 0}, ScalarType::Long), empty(positions, {0}, ScalarType::Long)};
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
 }
 
 // The same with fewer pairs, in the same memory.
@@ -218,10 +223,8 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
   const int64_t bytes_a_pair = 28 + 3 * static_cast<int64_t>(sizeof(T)) + (linked ? 8 : 0);
   const int64_t room = sorted ? 0 : guess.pairs(volumes, bytes_a_pair);
   std::optional<Found> roomy;
-  if (room > 0) {
-    roomy = make_outputs(positions, room, linked);
-    fill_pairs_if_they_fit(s, room, pointers<T>(*roomy, room), on.stream());
-  }
+  if (room > 0) roomy = make_outputs(positions, room, linked);
+  if (roomy.has_value()) fill_pairs_if_they_fit(s, room, pointers<T>(*roomy, room), on.stream());
 
   wait_for_summary();
   const Summary summary = *s.summary;
@@ -240,15 +243,13 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
     set_on_device(s.placed, 0, n * static_cast<int64_t>(sizeof(uint32_t)), on.stream());
   }
 
-  // torch's own error cannot leave its C interface with its type, so it gets a code like the others.
-  const auto allocate = [&](int64_t count, bool with_links) {
-    try {
-      return make_outputs(positions, count, with_links);
-    } catch (const std::exception&) {
-      data_error("out_of_memory", num_pairs);
-    }
+  const auto allocate = [&](bool with_links) {
+    std::optional<Found> made = make_outputs(positions, num_pairs, with_links);
+    // torch's own error cannot leave its C interface with its type, so it gets a code like the others.
+    if (!made.has_value()) data_error("out_of_memory", num_pairs);
+    return *made;
   };
-  Found found = allocate(num_pairs, linked);
+  Found found = allocate(linked);
   if (linked) found.rows = rows;
   const GpuPairs<T> pairs = pointers<T>(found, num_pairs);
   if (!sorted) {
@@ -259,7 +260,7 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
   GpuPairs<T> unsorted = pairs;
   std::optional<Found> other;
   if (summary.longest_row > kSortedInPlace) {
-    other = allocate(num_pairs, false);
+    other = allocate(false);
     unsorted = pointers<T>(*other, num_pairs);
   }
   unsorted.vectors = nullptr;
