@@ -1,7 +1,7 @@
 """What a GPU's memory allows, and how near diffnl comes to it.
 
     floors          the time that the bytes of a step take at the speed of a copy measured in the same run,
-                    and the time of the step with a list that costs nothing (`free_list.py`)
+                    and the time of the step with a list that costs nothing (`free_list`)
     time_a_pair     10⁷ atoms: the time a pair next to that at 10⁶, peak memory, and that the list is right
     repeats_itself  whether the same input gives the same bits again
 
@@ -13,14 +13,17 @@ atoms comes on top, but there are ninety times fewer of them.
 from __future__ import annotations
 
 import statistics
+from typing import NamedTuple
 
 import torch
 from floor import bare_train_step, leaf
-from free_list import FREE_STEPS, free_ms
-from harness import CUTOFF, MEGABYTE, System, gpu_peak_mb, make_system, seconds
-from peers import Run, vectors_step
+from harness import CUTOFF, MEGABYTE, System, gpu_peak_mb, is_gpu, make_system, seconds, time_in_turns
+from peers import STEPS, Run, vectors_step
+from torch.autograd import Function
 
 INDEX_BYTES = 2 * 8 + 3 * 4
+FLOOR_STEPS = ("vectors", "backward", "train")
+FREE_BUDGET = 0.15  # seconds a step
 LARGE_SIZES = ("1000000", "10077696")  # the second is the first cube of 10⁷ atoms or more
 
 
@@ -38,11 +41,94 @@ def copy_bandwidth(device: str, size: int = 2**32) -> float:
     return 2 * size / (milliseconds / 1e3)
 
 
+class Constants(NamedTuple):
+    """What the free list hands out."""
+
+    vectors: torch.Tensor  # (P, 3), the gradient of a gradient too
+    grad_positions: torch.Tensor  # (N, 3)
+    grad_cell: torch.Tensor  # of the shape of the cell
+
+
+class FreeVectors(Function):
+    """positions, cell -> vectors.
+
+    A constant leaves as a new tensor of the same memory wherever autograd ties a graph to it: a stored one
+    would carry the graph of the call before. Mapping and shifts do not come along, as autograd would fill
+    gradients of theirs with zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, positions, cell, constants):
+        ctx.constants = constants
+        return constants.vectors.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        constants = ctx.constants
+        if not torch.is_grad_enabled():
+            return constants.grad_positions, constants.grad_cell, None
+        return *super(Function, FreeAdjoint).apply(grad, constants), None
+
+
+class FreeAdjoint(Function):
+    """grad of the vectors -> grads of positions and cell; its backward is a constant without a graph."""
+
+    @staticmethod
+    def forward(ctx, grad, constants):
+        ctx.constants = constants
+        return constants.grad_positions.detach(), constants.grad_cell.detach()
+
+    @staticmethod
+    def backward(ctx, grad_positions, grad_cell):
+        return ctx.constants.vectors, None
+
+
+def free_list(system: System, num_pairs: int) -> Run:
+    """A neighbour list that costs nothing, for one system, with as many pairs P as that really has.
+
+    It leaves out all that a list does: it reads neither positions nor cell, searches nothing, makes no
+    memory, writes no vectors and sums no gradients. Its tensors are there before the clock starts.
+
+    It includes what no list can leave out that goes through a Python `autograd.Function` and returns tensors
+    of exactly P rows: the Function's forward; its backward, and within that a second Function where the
+    backward is to be differentiated; on a GPU one kernel that writes one number, and one wait of the host
+    for the stream that is current now, because P must be known to the host before tensors of P rows can be.
+    The calls go past `Function.apply`, whose checks for `torch.func` a list could do without. Vectors have
+    their memory, which the energy reads; mapping and shifts, which no step reads, are one number expanded to
+    their shapes.
+    """
+    device = system.positions.device
+    ones = system.positions.new_ones
+    constants = Constants(ones(num_pairs, 3), ones(system.positions.shape), ones(system.cell.shape))
+    mapping = torch.zeros((), dtype=torch.int64, device=device).expand(2, num_pairs)
+    shifts = torch.zeros((), dtype=torch.int32, device=device).expand(num_pairs, 3)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    stream = torch.cuda.current_stream(device) if is_gpu(device) else None
+
+    def run(positions, cell, system, with_vectors):
+        if stream is not None:
+            count.fill_(num_pairs)
+            stream.synchronize()
+        return mapping, shifts, super(Function, FreeVectors).apply(positions, cell, constants)
+
+    return run
+
+
+def free_ms(system: System, num_pairs: int, device: str, budget: float = FREE_BUDGET) -> dict[str, float]:
+    """`STEP_free_ms` of each step: the median with the free list, timed as the rows of the benchmark are."""
+    run = free_list(system, num_pairs)
+    prepare = {step: lambda step=step: STEPS[step](run, system) for step in FLOOR_STEPS}
+    times, errors = time_in_turns(prepare, device, budget)
+    if errors:
+        raise RuntimeError(f"the free list failed: {errors}")
+    return {f"{step}_free_ms": 1e3 * statistics.median(times[step]) for step in FLOOR_STEPS}
+
+
 def floors(row: dict, dtype: torch.dtype, bandwidth: float, device: str) -> dict:
     """Floors of diffnl's `row` of the benchmark, and its times over them.
 
     The train step's floor is measured: its energy, gradient and double backward on vectors that are there
-    already (`floor.py`), which is torch's own work whatever the list.
+    already (`floor.py`), which is torch's own work whatever the list. So is each step of the free list.
     """
     pairs = row["pairs"]
     bare = bare_train_step(leaf(pairs, dtype, device))
@@ -54,6 +140,7 @@ def floors(row: dict, dtype: torch.dtype, bandwidth: float, device: str) -> dict
         time = row[f"{step}_ms"]
         found |= {f"{step}_floor_ms": floor, f"{step}_ratio": None if time is None else time / floor}
     found["train_floor_mb"] = gpu_peak_mb(bare, device)["peak"]
+    del bare  # its vectors' memory, before the free list makes its own
     size = row["system"].partition("-")[2]
     return found | free_ms(make_system(size, dtype, device), pairs, device)
 
@@ -135,13 +222,14 @@ def print_floors(found: list[dict], bandwidth: float) -> None:
     print(f"\nFloors at the {bandwidth / 1e12:.2f} TB/s of a copy (bytes read and written)")
     for floor in found:
         parts = []
-        for step in ("vectors", "backward", "train"):
+        for step in FLOOR_STEPS:
             ratio = floor[f"{step}_ratio"]
             times = "-" if ratio is None else f"{ratio:.1f}x"
             parts.append(f"{step} {floor[f'{step}_floor_ms']:.3g} ms (diffnl {times})")
         print(f"  {floor['system']}: {', '.join(parts)}; bare train peak {floor['train_floor_mb']:,.0f} MB")
-        free = ", ".join(f"{step} {floor[f'{step}_free_ms']:.3g} ms" for step in FREE_STEPS)
-        print(f"    a list that costs nothing: {free}")
+        if "vectors_free_ms" in floor:  # not in a record from before there was a free list
+            free = ", ".join(f"{step} {floor[f'{step}_free_ms']:.3g} ms" for step in FLOOR_STEPS)
+            print(f"    a list that costs nothing: {free}")
 
 
 def print_large(rows: list[dict]) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from free_list import FREE_STEPS
+from bandwidth import FLOOR_STEPS
 from harness import MEGABYTE
 from peers import STEPS
 from tables import filled, plot, show, show_ratio, title_of, title_of_record
@@ -156,12 +156,12 @@ def floors(record: dict) -> list[str]:
         lines = []
         for floor in record["floors"]:
             cells = [f"{floor['pairs']:,}"]
-            for step in ("vectors", "backward", "train"):
+            for step in FLOOR_STEPS:
                 ratio = floor[f"{step}_ratio"]
                 cells += [f"{floor[f'{step}_floor_ms']:.3g}", "-" if ratio is None else f"{ratio:.1f}x"]
             lines.append([floor["system"], *cells])
         titles = ["system", "pairs"]
-        for step in ("vectors", "backward", "train"):
+        for step in FLOOR_STEPS:
             titles += [f"{step} floor ms", "diffnl"]
         parts += [
             f"Floors: {record['floors'][0]['bytes_a_pair']} bytes a pair, written by vectors and read by "
@@ -195,13 +195,13 @@ def floors(record: dict) -> list[str]:
 
 
 def free(record: dict) -> list[str]:
-    """The steps with a list that costs nothing, and how far ahead of the best peer such a list would be."""
+    """The steps with a list that costs nothing, and diffnl's and the best peer's times over those."""
     lines = []
     for floor in record["floors"]:
         if "vectors_free_ms" not in floor:  # a record from before there was a free list
             continue
         cells = [floor["system"]]
-        for step in FREE_STEPS:
+        for step in FLOOR_STEPS:
             column, least = f"{step}_ms", floor[f"{step}_free_ms"]
             rows = [row for row in record["rows"] if row["system"] == floor["system"] and row[column]]
             cells.append(f"{least:.3g}")
@@ -212,13 +212,13 @@ def free(record: dict) -> list[str]:
     if not lines:
         return []
     titles = ["system"]
-    for step in FREE_STEPS:
-        titles += [f"{step} ms", "diffnl", "best peer"]
+    for step in FLOOR_STEPS:
+        titles += [f"{step} free ms", "diffnl over free", "best peer over free"]
     return [
-        "A list that costs nothing (`benchmarks/free_list.py`): constants through a Python "
-        "`autograd.Function`, and one number read from the GPU. Each step with it, and how many times longer "
-        "diffnl and the best peer take: no list behind a Python `autograd.Function` can be further ahead of "
-        "the best peer than that.",
+        "The same steps with a free list: it searches and computes nothing, only hands out constants through "
+        "a Python `autograd.Function`, after one tiny kernel and one wait for the GPU (`free_list` in "
+        "`benchmarks/bandwidth.py`). `best peer over free` is how far ahead of the best peer such a list is: "
+        "no differentiable list behind a Python `autograd.Function` can beat this ratio.",
         table(titles, lines),
     ]
 

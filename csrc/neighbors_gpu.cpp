@@ -142,7 +142,7 @@ class Guess {
   }
   // Whether memory for `room` pairs, which is there already, may be kept for `num_pairs`.
   static bool suits(int64_t room, int64_t num_pairs, int64_t bytes_a_pair) {
-    constexpr int64_t little = 1 << 20;
+    constexpr int64_t little = 1 << 16;
     return num_pairs <= room &&
            (room - num_pairs) * bytes_a_pair <= std::max(little, num_pairs * bytes_a_pair / 8);
   }

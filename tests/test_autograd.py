@@ -67,7 +67,8 @@ def test_only_integers_are_saved(source, wanted, device, gpu_kernels):
 @wanted_inputs
 @pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
 def test_what_is_saved_besides_inputs_and_outputs(full, wanted, device, gpu_kernels):
-    """Nothing by the CPU backend; on a GPU at most 8 bytes a pair, and a few an atom."""
+    """Nothing by the CPU backend; on a GPU at most 8 bytes a pair, and a few an atom. There a list may have
+    64 kB or an eighth more memory than it needs."""
     arguments = system(device, *wanted, name="bulk")
     lists = []
 
@@ -79,7 +80,9 @@ def test_what_is_saved_besides_inputs_and_outputs(full, wanted, device, gpu_kern
     (pairs,) = lists
     known = {t.untyped_storage().data_ptr() for t in (*arguments, *pairs) if t is not None}
     extra = sum(size for pointer, size in kept.items() if pointer not in known)
-    assert extra <= (8 * pairs.mapping.shape[1] + 64 * len(arguments[0]) if gpu_kernels else 0)
+    needed = 8 * pairs.mapping.shape[1] + 64 * len(arguments[0])
+    assert extra <= (max(needed + 2**16, 1.125 * needed) if gpu_kernels else 0)
+    assert needed + 2**16 < 28 * pairs.mapping.shape[1], "the mapping and the shifts would be noticed"
 
 
 def test_nothing_is_saved_without_a_gradient(device):
