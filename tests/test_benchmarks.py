@@ -322,7 +322,7 @@ def test_the_free_list_makes_no_memory(step):
     system = harness.make_system("27", torch.float32)
     call = peers.STEPS[step](bandwidth.free_list(system, num_pairs=10**5), system)
     call()
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         call()
     assert sum(max(event.cpu_memory_usage, 0) for event in profile.events()) < 1000
 
