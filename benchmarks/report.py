@@ -229,7 +229,11 @@ def training(found: dict | None) -> list[str]:
         return []
     parts = [
         "## Training",
-        f"`examples/train_mlip.py --device cuda`: {found['status']}, {found['seconds']:.0f} s.",
+        "\n".join(
+            f"- `examples/train_mlip.py --device cuda {run['command']}`: {run['status']} "
+            f"({run['seconds']:.0f} s)"
+            for run in found["runs"].values()
+        ),
     ]
     if found.get("table"):
         parts.append("```\n" + "\n".join(found["table"]) + "\n```")

@@ -493,7 +493,8 @@ def test_the_report_holds_what_was_measured(tmp_path):
         "build": log | {"build_info": {"backends": ["cpu", "cuda"], "archs": ["9.0"]}},
         "test": log | {"outcome": {"passed": 311}},
         "sanitize": log | {"tools": {"memcheck": log | tool}},
-        "train": log | {"runs": {"train": log | {"share": share}}, "table": ["test    unit"]},
+        "train": log
+        | {"runs": {"train": log | {"share": share, "command": "--epochs 3"}}, "table": ["test    unit"]},
     }
     for name, facts in stages.items():
         (tmp_path / f"stage-{name}.json").write_text(json.dumps(facts))
@@ -513,6 +514,7 @@ def test_the_report_holds_what_was_measured(tmp_path):
         f"| bulk-64 | {own['pairs']:,} | {tables.show(own['list_ms'], 'list_ms')} (",
         "bulk-27, diffnl: vectors failed: RuntimeError",
         "| 4 | 61 | 50.0 | 9.0 | 2.0% | 1.0% |",
+        "--device cuda --epochs 3`: ok",
     ):
         assert expected in text, expected
     assert (page.parent / "nvidia-h200-float32.png").read_bytes().startswith(b"\x89PNG")
