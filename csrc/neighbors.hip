@@ -351,9 +351,6 @@ void count_pairs(const GpuSearch<T>& s, GpuStream stream) {
   if (!few_rows) scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, &s.state->longest_row, stream);
   const int64_t blocks = s.segments == nullptr ? 1 : 1 + blocks_for(s.num_atoms, kThreads);
   DIFFNL_LAUNCH(finish_count<T>, blocks, kThreads, stream, s, few_rows);
-}
-
-void mark_summary(GpuStream stream) {
   check_call(hipEventRecord(event_of_thread(), static_cast<hipStream_t>(stream)), "hipEventRecord");
 }
 

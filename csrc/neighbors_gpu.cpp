@@ -98,16 +98,21 @@ struct Found {
   Tensor mapping, shifts, vectors, links, rows;
 };
 
-// The tensors of a list of `num_pairs` pairs, or nothing where torch has no memory for them.
-std::optional<Found> make_outputs(const Tensor& positions, int64_t num_pairs, bool linked) {
+// What `make` makes, or nothing where torch has no memory for it.
+template <typename Make>
+auto if_memory_suffices(const Make& make) -> std::optional<decltype(make())> {
   try {
-    return Found{
-        empty(positions, {2, num_pairs}, ScalarType::Long), empty(positions, {num_pairs, 3}, ScalarType::Int),
-        empty(positions, {num_pairs, 3}, positions.scalar_type()),
-        empty(positions, {linked ? num_pairs : 0}, ScalarType::Long), empty(positions, {0}, ScalarType::Long)};
+    return make();
   } catch (const std::exception&) {
     return std::nullopt;
   }
+}
+
+// The tensors of a list of `num_pairs` pairs.
+Found make_outputs(const Tensor& positions, int64_t num_pairs, bool linked) {
+  return {empty(positions, {2, num_pairs}, ScalarType::Long), empty(positions, {num_pairs, 3}, ScalarType::Int),
+          empty(positions, {num_pairs, 3}, positions.scalar_type()),
+          empty(positions, {linked ? num_pairs : 0}, ScalarType::Long), empty(positions, {0}, ScalarType::Long)};
 }
 
 // The same with fewer pairs, in the same memory.
@@ -135,7 +140,8 @@ class Guess {
     // Beyond these bytes the wait does not matter, but the memory does.
     constexpr double most_bytes = 1 << 26;
     const double guess = 1.0625 * pairs_ * volumes;
-    return guess * static_cast<double>(bytes_a_pair) > most_bytes ? 0 : static_cast<int64_t>(guess);
+    // Not the other way round: a product of zero and infinity is no guess either.
+    return guess * static_cast<double>(bytes_a_pair) <= most_bytes ? static_cast<int64_t>(guess) : 0;
   }
   int64_t bins(int64_t num_atoms) const {
     return static_cast<int64_t>(std::ceil(bins_ * static_cast<double>(num_atoms)));
@@ -217,13 +223,12 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
   set_on_device(s.state, 0, cleared, on.stream());
   build_cell_list(s, on.stream());
   count_pairs(s, on.stream());
-  mark_summary(on.stream());
 
   const double volumes = static_cast<double>(n) * cutoff * cutoff * cutoff * (full ? 1.0 : 0.5);
   const int64_t bytes_a_pair = 28 + 3 * static_cast<int64_t>(sizeof(T)) + (linked ? 8 : 0);
   const int64_t room = sorted ? 0 : guess.pairs(volumes, bytes_a_pair);
   std::optional<Found> roomy;
-  if (room > 0) roomy = make_outputs(positions, room, linked);
+  if (room > 0) roomy = if_memory_suffices([&] { return make_outputs(positions, room, linked); });
   if (roomy.has_value()) fill_pairs_if_they_fit(s, room, pointers<T>(*roomy, room), on.stream());
 
   wait_for_summary();
@@ -243,13 +248,13 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
     set_on_device(s.placed, 0, n * static_cast<int64_t>(sizeof(uint32_t)), on.stream());
   }
 
-  const auto allocate = [&](bool with_links) {
-    std::optional<Found> made = make_outputs(positions, num_pairs, with_links);
+  const auto allocate = [&](const auto& make) {
+    const auto made = if_memory_suffices(make);
     // torch's own error cannot leave its C interface with its type, so it gets a code like the others.
     if (!made.has_value()) data_error("out_of_memory", num_pairs);
     return *made;
   };
-  Found found = allocate(linked);
+  Found found = allocate([&] { return make_outputs(positions, num_pairs, linked); });
   if (linked) found.rows = rows;
   const GpuPairs<T> pairs = pointers<T>(found, num_pairs);
   if (!sorted) {
@@ -257,14 +262,13 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
     return found;
   }
   // Rows too long to be sorted in shared memory are sorted from one tensor to another.
-  GpuPairs<T> unsorted = pairs;
-  std::optional<Found> other;
+  Tensor mapping = found.mapping, shifts = found.shifts;
   if (summary.longest_row > kSortedInPlace) {
-    other = allocate(false);
-    unsorted = pointers<T>(*other, num_pairs);
+    mapping = allocate([&] { return empty(positions, {2, num_pairs}, ScalarType::Long); });
+    shifts = allocate([&] { return empty(positions, {num_pairs, 3}, ScalarType::Int); });
   }
-  unsorted.vectors = nullptr;
-  unsorted.links = nullptr;
+  const GpuPairs<T> unsorted{mutable_data<int64_t>(mapping), mutable_data<int32_t>(shifts), nullptr, nullptr,
+                             num_pairs};
   fill_pairs(s, summary.num_bins, unsorted, on.stream());
   sort_rows(s, unsorted, pairs, on.stream());
   return found;

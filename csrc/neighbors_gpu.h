@@ -186,9 +186,7 @@ void scan_counts(const uint32_t* counts, int64_t size, uint64_t* partial_sums, O
 template <typename T>
 void count_pairs(const GpuSearch<T>& search, GpuStream stream);
 
-// Marks the place in the stream where the summary is there, and waits for it. What was launched in between goes
-// on.
-void mark_summary(GpuStream stream);
+// Waits for the summary of this thread's last `count_pairs`, and for nothing that was launched behind it.
 void wait_for_summary();
 
 // Writes the pairs, in the order of the search.
