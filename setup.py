@@ -52,9 +52,9 @@ KERNELS = [
 CPU = ["ops.cpp", "ops_cpu.cpp", "cell_list.cpp", "tile.cpp", "neighbors_cpu.cpp", "pair_vectors_cpu.cpp"]
 SOURCES = {
     "cpu": CPU,
-    "cuda": [*CPU, "neighbors_gpu.cpp", "neighbors_nvcc.cu"],  # the .cu includes the kernels
-    "hip": [*CPU, "neighbors_gpu.cpp", *KERNELS],
-    "hostgpu": ["ops.cpp", "neighbors_gpu.cpp", *KERNELS],  # the kernels take the CPU backend's place
+    "cuda": [*CPU, "neighbors_gpu.cpp", "ops_gpu.cpp", "neighbors_nvcc.cu"],  # the .cu includes the kernels
+    "hip": [*CPU, "neighbors_gpu.cpp", "ops_gpu.cpp", *KERNELS],
+    "hostgpu": ["ops.cpp", "neighbors_gpu.cpp", "ops_gpu.cpp", *KERNELS],  # the kernels take the CPU backend's place
 }
 TOOLKITS = {
     "cuda": ("a CUDA build of torch and the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),

@@ -113,8 +113,8 @@ __device__ inline bool is_linkable(const GpuSearch<T>& s) {
 }
 
 template <typename T>
-__device__ inline void tell_host(const GpuSearch<T>& s) {
-  Summary& out = *s.summary;
+__device__ inline Summary summarize(const GpuSearch<T>& s) {
+  Summary out;
   out.num_pairs = s.num_atoms > 0 ? s.offsets[s.num_atoms] : 0;
   out.fault = s.state->fault == 0 ? 0 : ~static_cast<uint64_t>(s.state->fault);
   if (s.state->abandoned != 0 && out.fault == 0) {
@@ -124,17 +124,42 @@ __device__ inline void tell_host(const GpuSearch<T>& s) {
   out.num_bins = s.state->num_bins;
   out.longest_row = s.state->longest_row;
   out.linkable = is_linkable(s);
-  __threadfence_system();
+  return out;
 }
 
-// What is left to do between counting and filling. The first block tells the host, and if rows are few it is the
-// one that finds where they begin; the others sum the segments, which nobody needs before the fill.
+// The first offset of a list that has failed becomes -1, which its backward understands.
+template <typename T>
+__device__ inline void tell_padded_list(const GpuSearch<T>& s, const Summary& summary) {
+  int64_t count = summary.num_pairs;
+  uint64_t fault = summary.fault;
+  if (kind_of_fault(fault) == Fault::out_of_memory) {
+    count = std::max(std::max(count, number_of_fault(fault)), s.capacity + 1);
+    fault = 0;
+  }
+  if (fault == 0 && count <= s.capacity && s.segments != nullptr && summary.linkable == 0)
+    fault = pack_fault(Fault::not_linkable, 0);
+  *s.num_pairs = fault != 0 ? -static_cast<int64_t>(fault) : count;
+  if (has_failed(s))
+    s.offsets[0] = -1;
+  else if (s.num_atoms == 0)
+    s.offsets[0] = 0;
+}
+
+// What is left to do between counting and filling. The first block tells how it went, and if rows are few it is
+// the one that finds where they begin; the others sum the segments, which nobody needs before the fill.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void finish_count(GpuSearch<T> s, bool few_rows) {
   if (blockIdx.x == 0) {
     if (few_rows) scan_by_one_block<kThreads>(s.row_counts, s.num_atoms, s.offsets, &s.state->longest_row);
     __syncthreads();
-    if (threadIdx.x == 0) tell_host(s);
+    if (threadIdx.x != 0) return;
+    const Summary summary = summarize(s);
+    if (s.capacity >= 0) {
+      tell_padded_list(s, summary);
+    } else {
+      *s.summary = summary;
+      __threadfence_system();
+    }
     return;
   }
   const int64_t c = int64_t(blockIdx.x - 1) * kThreads + threadIdx.x;
@@ -300,15 +325,33 @@ __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s
   __shared__ Candidates near;
   __shared__ Rows<T> rows;
   if (room >= 0) {
-    out.num_pairs = s.offsets[s.num_atoms];
+    if (has_failed(s)) return;
+    const int64_t num_pairs = s.offsets[s.num_atoms];
+    if (s.capacity < 0) out.num_pairs = num_pairs;
     if (!is_linkable(s)) out.links = nullptr;
-    if (s.state->fault != 0 || s.state->abandoned != 0 || out.num_pairs > room) return;
+    if (s.state->fault != 0 || s.state->abandoned != 0 || num_pairs > room) return;
   }
   const uint32_t num_bins = s.state->num_bins, shares = shares_of_bins(num_bins);
   FillSink<T> sink{s, home, near, rows, out, {0, 1}};
   for (uint32_t u = blockIdx.x; u < num_bins * shares; u += gridDim.x) {
     sink.share = {u % shares, shares};
     traverse_bin(s, s.bins[u / shares], home, near, sink);
+  }
+}
+
+// An empty slot holds the last atom with itself, at the length of the cutoff: rows stay in order, and a smooth
+// envelope makes nothing of such a pair.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void pad_slots(GpuSearch<T> s, GpuPairs<T> out) {
+  const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const bool failed = has_failed(s);
+  if (p >= s.capacity || (!failed && p < *s.num_pairs)) return;
+  const int64_t last_atom = s.num_atoms > 0 ? s.num_atoms - 1 : 0;
+  out.mapping[p] = out.mapping[s.capacity + p] = last_atom;
+  const T length = failed ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(s.cutoff);
+  for (int k = 0; k < 3; ++k) {
+    out.shifts[3 * p + k] = 0;
+    out.vectors[3 * p + k] = k == 0 ? length : 0 * length;
   }
 }
 
@@ -351,6 +394,9 @@ void count_pairs(const GpuSearch<T>& s, GpuStream stream) {
   if (!few_rows) scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, &s.state->longest_row, stream);
   const int64_t blocks = s.segments == nullptr ? 1 : 1 + blocks_for(s.num_atoms, kThreads);
   DIFFNL_LAUNCH(finish_count<T>, blocks, kThreads, stream, s, few_rows);
+}
+
+void mark_end_of_count(GpuStream stream) {
   check_call(hipEventRecord(event_of_thread(), static_cast<hipStream_t>(stream)), "hipEventRecord");
 }
 
@@ -365,7 +411,14 @@ void fill_pairs(const GpuSearch<T>& s, uint32_t num_bins, const GpuPairs<T>& out
 
 template <typename T>
 void fill_pairs_if_they_fit(const GpuSearch<T>& s, int64_t room, const GpuPairs<T>& out, GpuStream stream) {
+  if (s.num_atoms == 0 || room == 0) return;
   DIFFNL_LAUNCH(fill_bins<T>, blocks_for_bins(s), kSearchThreads, stream, s, out, room);
+}
+
+template <typename T>
+void pad_pairs(const GpuSearch<T>& s, const GpuPairs<T>& out, GpuStream stream) {
+  if (s.capacity == 0) return;
+  DIFFNL_LAUNCH(pad_slots<T>, blocks_for(s.capacity, kThreads), kThreads, stream, s, out);
 }
 
 template <typename T>
@@ -406,6 +459,7 @@ Summary* summary_of_thread() {
   template void count_pairs(const GpuSearch<T>&, GpuStream);                                         \
   template void fill_pairs(const GpuSearch<T>&, uint32_t, const GpuPairs<T>&, GpuStream);            \
   template void fill_pairs_if_they_fit(const GpuSearch<T>&, int64_t, const GpuPairs<T>&, GpuStream); \
+  template void pad_pairs(const GpuSearch<T>&, const GpuPairs<T>&, GpuStream);                       \
   template int64_t pairs_in_device_memory<T>();
 DIFFNL_INSTANTIATE(float)
 DIFFNL_INSTANTIATE(double)

@@ -89,7 +89,6 @@ template <typename T>
 struct FillSink {
   const Search<T>& search;
   PairOutput<T> out;
-  int64_t num_pairs;
   const int64_t* offsets;  // (N + 1,): row i is pairs offsets[i] .. offsets[i + 1]
   int64_t* next;           // (N,): where the row continues
   Selection chosen;
@@ -102,7 +101,7 @@ struct FillSink {
     const int64_t first = next[i];
     next[i] += count;
     std::fill_n(out.mapping + first, count, i);
-    write_row(tile, ri, chosen.data(), count, out.mapping + num_pairs + first, out.shifts + 3 * first,
+    write_row(tile, ri, chosen.data(), count, out.mapping + out.capacity + first, out.shifts + 3 * first,
               out.vectors + 3 * first);
     return count;
   }
@@ -122,14 +121,14 @@ struct FillSink {
       for (int64_t p = offsets[i]; p < offsets[i + 1]; ++p) {
         const int32_t* s = out.shifts + 3 * p;
         const T* v = out.vectors + 3 * p;
-        row.push_back({out.mapping[num_pairs + p], {s[0], s[1], s[2]}, {v[0], v[1], v[2]}});
+        row.push_back({out.mapping[out.capacity + p], {s[0], s[1], s[2]}, {v[0], v[1], v[2]}});
       }
       std::sort(row.begin(), row.end(), [](const Entry& one, const Entry& other) {
         return one.j != other.j ? one.j < other.j : one.shift < other.shift;
       });
       for (size_t n = 0; n < row.size(); ++n) {
         const int64_t p = offsets[i] + static_cast<int64_t>(n);
-        out.mapping[num_pairs + p] = row[n].j;
+        out.mapping[out.capacity + p] = row[n].j;
         std::copy_n(row[n].shift.begin(), 3, out.shifts + 3 * p);
         std::copy_n(row[n].vector.begin(), 3, out.vectors + 3 * p);
       }
@@ -277,8 +276,7 @@ void search_cpu(const SearchInput<T>& in, const std::function<PairOutput<T>(int6
   const PairOutput<T> out = allocate(num_pairs);
   std::copy_n(offsets.begin(), n, counts.begin());  // from here on: where each row continues
   Budget unlimited(std::numeric_limits<int64_t>::max());
-  traverse(search, unlimited,
-           [&] { return FillSink<T>{search, out, num_pairs, offsets.data(), counts.data(), {}}; });
+  traverse(search, unlimited, [&] { return FillSink<T>{search, out, offsets.data(), counts.data(), {}}; });
 }
 
 template void search_cpu(const SearchInput<float>&, const std::function<PairOutput<float>(int64_t)>&);

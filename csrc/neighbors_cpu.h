@@ -10,9 +10,10 @@ namespace diffnl {
 
 template <typename T>
 struct PairOutput {
-  int64_t* mapping;  // (2, P): i in row 0, j in row 1
-  int32_t* shifts;   // (P, 3)
-  T* vectors;        // (P, 3)
+  int64_t* mapping;  // (2, C), C >= P: i in row 0, j in row 1
+  int32_t* shifts;   // (C, 3)
+  T* vectors;        // (C, 3)
+  int64_t capacity;  // C
 };
 
 // Finds all pairs. `allocate(P)` is called once, from the calling thread, when their number is known.
@@ -21,10 +22,11 @@ void search_cpu(const SearchInput<T>& in, const std::function<PairOutput<T>(int6
 
 // A list that exists: which atoms, through which image, in which system.
 struct PairList {
-  const int64_t* mapping;     // (2, P)
-  const int32_t* shifts;      // (P, 3); null where no cell takes part
+  const int64_t* mapping;     // (2, C), C >= P
+  const int32_t* shifts;      // (C, 3); null where no cell takes part
   const int64_t* system_idx;  // (N,); null where no cell takes part or all atoms belong to system 0
   int64_t num_pairs;          // P
+  int64_t capacity;           // C
   int64_t num_atoms;          // N
   int64_t num_systems;        // B
 };

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "errors.h"
 #include "pair_geometry.h"
 
 namespace diffnl {
@@ -98,24 +99,6 @@ struct SearchState {
   unsigned wrapped, binned;  // blocks that have done so
 };
 
-enum class Fault : uint64_t {
-  positions_not_finite = 1,
-  cell_not_finite,
-  cell_singular,
-  system_idx_out_of_range,
-  shift_overflows,
-  images_blur,
-  out_of_memory,
-};
-
-// A fault and the atom or system it was found in, or the number of pairs: smaller is earlier in the order of
-// kinds.
-DIFFNL_HD inline uint64_t pack_fault(Fault kind, uint64_t number) {
-  return static_cast<uint64_t>(kind) << 56 | number;
-}
-inline Fault kind_of_fault(uint64_t fault) { return static_cast<Fault>(fault >> 56); }
-inline int64_t number_of_fault(uint64_t fault) { return static_cast<int64_t>(fault & ((uint64_t(1) << 56) - 1)); }
-
 template <typename T>
 struct GpuSearch {
   const T* positions;         // (N, 3)
@@ -128,6 +111,7 @@ struct GpuSearch {
   int64_t num_slots;          // capacity of the table of bins
   int64_t segment_capacity;   // of `hits` and `segments`
   int64_t most_pairs;         // that memory could hold
+  int64_t capacity;           // of a padded list; otherwise -1
   double cutoff;
   T cutoff2;
   bool full;
@@ -156,7 +140,8 @@ struct GpuSearch {
   int64_t* offsets;          // (N + 1,) row i is pairs offsets[i] .. offsets[i + 1]
   int64_t* order;            // (N,) the caller's numbers in sorted order, or null
   int64_t* first_of_system;  // (B + 1,) in that order, or null
-  Summary* summary;          // host memory
+  Summary* summary;          // host memory; of a padded list null
+  int64_t* num_pairs;        // () of a padded list, as it is told in ops.cpp
 };
 
 // The list. Its arrays are packed for P pairs, whatever room they have.
@@ -182,11 +167,18 @@ template <typename Offset>
 void scan_counts(const uint32_t* counts, int64_t size, uint64_t* partial_sums, Offset* offsets, uint32_t* largest,
                  GpuStream stream);
 
-// Counts all pairs and sends the summary to the host (neighbors.hip).
+// Whether there is a list: what was launched without waiting for the number of pairs must ask.
+template <typename T>
+DIFFNL_HD inline bool has_failed(const GpuSearch<T>& s) {
+  return s.capacity >= 0 && static_cast<uint64_t>(*s.num_pairs) > static_cast<uint64_t>(s.capacity);
+}
+
+// Counts all pairs and tells the host, or whoever reads the `num_pairs` of a padded list (neighbors.hip).
 template <typename T>
 void count_pairs(const GpuSearch<T>& search, GpuStream stream);
 
-// Waits for the summary of this thread's last `count_pairs`, and for nothing that was launched behind it.
+// `wait_for_summary` waits for what this thread has launched until here, and for nothing behind it.
+void mark_end_of_count(GpuStream stream);
 void wait_for_summary();
 
 // Writes the pairs, in the order of the search.
@@ -194,9 +186,13 @@ template <typename T>
 void fill_pairs(const GpuSearch<T>& search, uint32_t num_bins, const GpuPairs<T>& out, GpuStream stream);
 
 // The same before the host knows how many there are: where they exceed `room`, or the search has failed, nothing
-// is written. `num_pairs` of `out` does not matter.
+// is written. `num_pairs` of `out` does not matter, unless the list is padded and it is the room.
 template <typename T>
 void fill_pairs_if_they_fit(const GpuSearch<T>& search, int64_t room, const GpuPairs<T>& out, GpuStream stream);
+
+// Fills what the pairs leave of a padded list, or all of it where it has failed.
+template <typename T>
+void pad_pairs(const GpuSearch<T>& search, const GpuPairs<T>& out, GpuStream stream);
 
 // Puts each row in order of (j, S): `from` (which `pairs` may be, where no row is longer than kSortedInPlace)
 // holds mapping and shifts; then writes vectors, and links if there are any.
@@ -223,9 +219,10 @@ void set_on_device(void* memory, int byte, int64_t bytes, GpuStream stream);
 struct GpuPairList {
   const int64_t* mapping;     // (2, P), or null
   const int32_t* shifts;      // (P, 3), or null where no cell takes part
-  const Link* links;          // (P,), or null
-  const int64_t* offsets;     // (N + 1,) of a linked list
+  const Link* links;          // (P,) of a linked list
+  const int64_t* offsets;     // (N + 1,) of a linked list, the first is -1 if that has failed; otherwise null
   const int64_t* system_idx;  // (N,), or null: all atoms belong to system 0
+  const int64_t* live;        // () number of pairs of a padded list without links; or null
   int64_t num_pairs, num_atoms, num_systems;
 };
 

@@ -21,18 +21,30 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
       "neighbor_pairs(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float cutoff, "
       "bool full=True, bool sorted=False) -> (Tensor mapping, Tensor shifts, Tensor vectors)");
   m.def(
-      "pair_vectors(Tensor positions, Tensor? cell, Tensor mapping, Tensor? shifts, Tensor? system_idx=None) "
-      "-> Tensor vectors");
+      "pair_vectors(Tensor positions, Tensor? cell, Tensor mapping, Tensor? shifts, Tensor? system_idx=None, "
+      "Tensor? num_pairs=None) -> Tensor vectors");
   m.def(
       "pair_vectors_adjoint(Tensor grad, Tensor mapping, Tensor? shifts, Tensor? system_idx, SymInt num_atoms, "
-      "SymInt num_systems, bool need_positions=True, bool need_cell=True) "
+      "SymInt num_systems, bool need_positions=True, bool need_cell=True, Tensor? num_pairs=None) "
       "-> (Tensor grad_positions, Tensor grad_cell)");
+  // A padded list: room for `capacity` pairs, whatever their number, and nobody waits to learn it. `num_pairs`, of
+  // shape (), is how many there are or, on a fault, minus `pack_fault` (errors.h). Where it does not lie in
+  // [0, capacity] the list has failed: its vectors and whatever is derived from them are NaN.
+  m.def(
+      "padded_neighbor_pairs(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float cutoff, "
+      "SymInt capacity, bool full=True, bool sorted=False) "
+      "-> (Tensor mapping, Tensor shifts, Tensor vectors, Tensor num_pairs)");
   // A full list with links: the pairs again in 8 bytes each, for the backward. `rows` holds what the links count
   // on: the first pair of each row (N + 1), the atoms in an order that groups systems (N), the first of each
   // system (B + 1). A list that cannot be linked comes with empty `links` and `rows`.
   m.def(
       "linked_neighbor_pairs(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float cutoff, "
       "bool sorted=False) -> (Tensor mapping, Tensor shifts, Tensor vectors, Tensor links, Tensor rows)");
+  // The same padded. `rows` of a list that has failed starts with -1.
+  m.def(
+      "padded_linked_neighbor_pairs(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float cutoff, "
+      "SymInt capacity, bool sorted=False) "
+      "-> (Tensor mapping, Tensor shifts, Tensor vectors, Tensor num_pairs, Tensor links, Tensor rows)");
   m.def(
       "linked_vectors(Tensor positions, Tensor? cell, Tensor links, Tensor rows, Tensor? system_idx=None) "
       "-> Tensor vectors");

@@ -1,6 +1,8 @@
 // The operators on the CPU: tensors to pointers.
 
+#include <algorithm>
 #include <cstdlib>
+#include <limits>
 
 #include "large_pages.h"
 #include "neighbors_cpu.h"
@@ -25,62 +27,140 @@ void check_memory(int64_t num_pairs, int64_t bytes) {
   std::free(probe);
 }
 
+// Room for `capacity` pairs.
+struct Outputs {
+  Tensor mapping, shifts, vectors;
+
+  Outputs(const Tensor& positions, int64_t capacity)
+      : mapping(empty_on_large_pages(positions, {2, capacity}, ScalarType::Long)),
+        shifts(empty_on_large_pages(positions, {capacity, 3}, ScalarType::Int)),
+        vectors(empty_on_large_pages(positions, {capacity, 3}, positions.scalar_type())) {}
+
+  template <typename T>
+  PairOutput<T> pointers() const {
+    return {mutable_data<int64_t>(mapping), mutable_data<int32_t>(shifts), mutable_data<T>(vectors),
+            shifts.size(0)};
+  }
+};
+
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
-                                          const int64_t* system_idx, double cutoff, bool full, bool sorted) {
-  std::optional<Tensor> mapping, shifts, vectors;
-  const auto allocate = [&](int64_t num_pairs) {
-    check_memory(num_pairs, num_pairs * static_cast<int64_t>(28 + 3 * sizeof(T)));
-    mapping = empty_on_large_pages(positions, {2, num_pairs}, ScalarType::Long);
-    shifts = empty_on_large_pages(positions, {num_pairs, 3}, ScalarType::Int);
-    vectors = empty_on_large_pages(positions, {num_pairs, 3}, positions.scalar_type());
-    return PairOutput<T>{mutable_data<int64_t>(*mapping), mutable_data<int32_t>(*shifts),
-                         mutable_data<T>(*vectors)};
-  };
-  const SearchInput<T> in{data<T>(positions),
-                          data<T>(cell),
-                          data<bool>(pbc),
-                          pbc.dim() == 1 ? 0 : 3,
-                          system_idx,
-                          positions.size(0),
-                          num_systems_of(cell),
+int64_t bytes_of(int64_t num_pairs) {
+  return num_pairs * static_cast<int64_t>(28 + 3 * sizeof(T));
+}
+
+// What a search reads, contiguous and kept alive; calls run(SearchInput<float>) or run(SearchInput<double>).
+template <typename Run>
+auto with_search_input(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
+                       const std::optional<Tensor>& system_idx, double cutoff, bool full, bool sorted,
+                       const Run& run) {
+  const ScalarType dtype = floating_dtype(positions);
+  check_search(positions, cell, pbc);
+  const Tensor r = packed(positions), h = packed(cell), flags = packed(pbc);
+  const std::optional<Tensor> systems = packed(system_idx);
+  const auto input = [&](auto zero) {
+    using T = decltype(zero);
+    return SearchInput<T>{data<T>(r),
+                          data<T>(h),
+                          data<bool>(flags),
+                          flags.dim() == 1 ? 0 : 3,
+                          system_data(systems, r.size(0)),
+                          r.size(0),
+                          num_systems_of(h),
                           cutoff,
                           full,
                           sorted};
-  search_cpu<T>(in, allocate);
-  return {*mapping, *shifts, *vectors};
+  };
+  return dtype == ScalarType::Float ? run(input(0.0f)) : run(input(0.0));
 }
 
 std::tuple<Tensor, Tensor, Tensor> neighbor_pairs(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
                                                   const std::optional<Tensor>& system_idx, double cutoff,
                                                   bool full, bool sorted) {
-  const ScalarType dtype = floating_dtype(positions);
-  check_search(positions, cell, pbc);
-  const Tensor r = packed(positions), h = packed(cell);
-  const Tensor flags = packed(pbc);
-  const std::optional<Tensor> systems = packed(system_idx);
-  const int64_t* system = system_data(systems, r.size(0));
-  return dtype == ScalarType::Float ? search<float>(r, h, flags, system, cutoff, full, sorted)
-                                    : search<double>(r, h, flags, system, cutoff, full, sorted);
+  const auto search = [&]<typename T>(const SearchInput<T>& in) -> std::tuple<Tensor, Tensor, Tensor> {
+    std::optional<Outputs> found;
+    search_cpu<T>(in, [&](int64_t num_pairs) {
+      check_memory(num_pairs, bytes_of<T>(num_pairs));
+      found.emplace(positions, num_pairs);
+      return found->pointers<T>();
+    });
+    return {found->mapping, found->shifts, found->vectors};
+  };
+  return with_search_input(positions, cell, pbc, system_idx, cutoff, full, sorted, search);
 }
 
-PairList list_of(const HeldList& held, int64_t num_atoms, int64_t num_systems) {
-  return {held.mapping(), held.shifts(), held.system_idx(), held.num_pairs(), num_atoms, num_systems};
+// Slots first .. capacity of a padded list: the last atom with itself, at the length of the cutoff. Rows stay in
+// order, and a smooth envelope makes nothing of such a pair.
+template <typename T>
+void pad(const PairOutput<T>& out, int64_t first, int64_t last_atom, T length) {
+  std::fill(out.mapping + first, out.mapping + out.capacity, last_atom);
+  std::fill(out.mapping + out.capacity + first, out.mapping + 2 * out.capacity, last_atom);
+  std::fill(out.shifts + 3 * first, out.shifts + 3 * out.capacity, 0);
+  for (int64_t p = first; p < out.capacity; ++p) {
+    out.vectors[3 * p] = length;
+    out.vectors[3 * p + 1] = out.vectors[3 * p + 2] = 0 * length;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> padded_neighbor_pairs(const Tensor& positions, const Tensor& cell,
+                                                                 const Tensor& pbc,
+                                                                 const std::optional<Tensor>& system_idx,
+                                                                 double cutoff, int64_t capacity, bool full,
+                                                                 bool sorted) {
+  check_capacity(capacity);
+  const Tensor count = empty(positions, {}, ScalarType::Long);
+  const auto search = [&]<typename T>(const SearchInput<T>& in) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    check_memory(capacity, bytes_of<T>(capacity));
+    const Outputs found(positions, capacity);
+    const PairOutput<T> out = found.pointers<T>();
+    struct Overflow {};
+    int64_t& num_pairs = *mutable_data<int64_t>(count);
+    const int64_t last_atom = std::max<int64_t>(in.num_atoms - 1, 0);
+    try {
+      search_cpu<T>(in, [&](int64_t needed) {
+        num_pairs = needed;
+        if (needed > capacity) throw Overflow();
+        return out;
+      });
+      pad(out, num_pairs, last_atom, static_cast<T>(in.cutoff));
+    } catch (const Overflow&) {
+      pad(out, 0, last_atom, std::numeric_limits<T>::quiet_NaN());
+    } catch (const DataError& error) {
+      num_pairs = error.padded_count(capacity);
+      pad(out, 0, last_atom, std::numeric_limits<T>::quiet_NaN());
+    }
+    return {found.mapping, found.shifts, found.vectors, count};
+  };
+  return with_search_input(positions, cell, pbc, system_idx, cutoff, full, sorted, search);
+}
+
+// The pairs of a list that are there; -1 where a padded list has failed.
+int64_t num_pairs_of(const HeldList& held, const std::optional<Tensor>& num_pairs) {
+  const int64_t* live = live_pairs(num_pairs);
+  if (live == nullptr) return held.capacity();
+  return 0 <= *live && *live <= held.capacity() ? *live : -1;
+}
+
+PairList list_of(const HeldList& held, int64_t num_pairs, int64_t num_atoms, int64_t num_systems) {
+  return {held.mapping(), held.shifts(), held.system_idx(), num_pairs, held.capacity(), num_atoms, num_systems};
 }
 
 Tensor pair_vectors(const Tensor& positions, const std::optional<Tensor>& cell, const Tensor& mapping,
-                    const std::optional<Tensor>& shifts, const std::optional<Tensor>& system_idx) {
+                    const std::optional<Tensor>& shifts, const std::optional<Tensor>& system_idx,
+                    const std::optional<Tensor>& padded_count) {
   const ScalarType dtype = floating_dtype(positions);
   check_vectors(positions, cell);
   const Tensor r = packed(positions);
   const std::optional<Tensor> h = packed(cell);
   const int64_t num_systems = h.has_value() ? num_systems_of(*h) : 0;
   const HeldList held(mapping, shifts, system_idx, r.size(0), num_systems, h.has_value());
-  const Tensor vectors = empty_on_large_pages(r, {held.num_pairs(), 3}, dtype);
+  const int64_t num_pairs = num_pairs_of(held, padded_count), first_empty = std::max<int64_t>(num_pairs, 0);
+  const Tensor vectors = empty_on_large_pages(r, {held.capacity(), 3}, dtype);
   by_dtype(r, [&](auto zero) {
     using T = decltype(zero);
-    pair_vectors_cpu(list_of(held, r.size(0), num_systems), data<T>(r), data_or_null<T>(h),
-                     mutable_data<T>(vectors));
+    T* v = mutable_data<T>(vectors);
+    pair_vectors_cpu(list_of(held, first_empty, r.size(0), num_systems), data<T>(r), data_or_null<T>(h), v);
+    std::fill(v + 3 * first_empty, v + 3 * held.capacity(),
+              num_pairs < 0 ? std::numeric_limits<T>::quiet_NaN() : T(0));
   });
   return vectors;
 }
@@ -89,18 +169,25 @@ Tensor pair_vectors(const Tensor& positions, const std::optional<Tensor>& cell, 
 std::tuple<Tensor, Tensor> pair_vectors_adjoint(const Tensor& grad, const Tensor& mapping,
                                                 const std::optional<Tensor>& shifts,
                                                 const std::optional<Tensor>& system_idx, int64_t num_atoms,
-                                                int64_t num_systems, bool need_positions, bool need_cell) {
+                                                int64_t num_systems, bool need_positions, bool need_cell,
+                                                const std::optional<Tensor>& padded_count) {
   const ScalarType dtype = floating_dtype(grad);
   const HeldList held(mapping, shifts, system_idx, num_atoms, num_systems, need_cell);
-  check_shape(grad, "grad", {held.num_pairs(), 3});
+  check_shape(grad, "grad", {held.capacity(), 3});
   const Tensor g = packed(grad);
   const Tensor grad_positions = empty_on_large_pages(g, {need_positions ? num_atoms : 0, 3}, dtype);
   const Tensor grad_cell = empty_on_large_pages(g, {need_cell ? num_systems : 0, 3, 3}, dtype);
+  const int64_t num_pairs = num_pairs_of(held, padded_count);
   by_dtype(g, [&](auto zero) {
     using T = decltype(zero);
-    pair_vectors_adjoint_cpu(list_of(held, num_atoms, num_systems), data<T>(g),
-                             need_positions ? mutable_data<T>(grad_positions) : nullptr,
-                             need_cell ? mutable_data<T>(grad_cell) : nullptr);
+    T *positions = mutable_data<T>(grad_positions), *cell = mutable_data<T>(grad_cell);
+    if (num_pairs < 0) {
+      std::fill_n(positions, grad_positions.numel(), std::numeric_limits<T>::quiet_NaN());
+      std::fill_n(cell, grad_cell.numel(), std::numeric_limits<T>::quiet_NaN());
+      return;
+    }
+    pair_vectors_adjoint_cpu(list_of(held, num_pairs, num_atoms, num_systems), data<T>(g),
+                             need_positions ? positions : nullptr, need_cell ? cell : nullptr);
   });
   return {grad_positions, grad_cell};
 }
@@ -111,6 +198,7 @@ std::tuple<Tensor, Tensor> pair_vectors_adjoint(const Tensor& grad, const Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(diffnl, CPU, m) {
   m.impl("neighbor_pairs", TORCH_BOX(&diffnl::neighbor_pairs));
+  m.impl("padded_neighbor_pairs", TORCH_BOX(&diffnl::padded_neighbor_pairs));
   m.impl("pair_vectors", TORCH_BOX(&diffnl::pair_vectors));
   m.impl("pair_vectors_adjoint", TORCH_BOX(&diffnl::pair_vectors_adjoint));
 }

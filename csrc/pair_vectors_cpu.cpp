@@ -22,7 +22,7 @@ constexpr int64_t kMostChunks = 64;
 
 [[noreturn]] void index_error(const PairList& list, const std::atomic<int64_t>& bad_pair) {
   const int64_t p = bad_pair;
-  const int64_t i = list.mapping[p], j = list.mapping[list.num_pairs + p];
+  const int64_t i = list.mapping[p], j = list.mapping[list.capacity + p];
   if (i < 0 || i >= list.num_atoms) data_error("mapping_out_of_range", i, p);
   if (j < 0 || j >= list.num_atoms) data_error("mapping_out_of_range", j, p);
   data_error("system_idx_out_of_range", list.system_idx[i], i);
@@ -42,7 +42,7 @@ void pair_vectors_cpu(const PairList& list, const T* positions, const T* cell, T
   std::atomic<int64_t> bad_pair{-1};
   parallel_blocks(list.num_pairs, kPairBlock, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
-      const int64_t i = list.mapping[p], j = list.mapping[list.num_pairs + p];
+      const int64_t i = list.mapping[p], j = list.mapping[list.capacity + p];
       if (!pair_in_range(list, i, j)) {
         bad_pair = p;
         return;
@@ -87,7 +87,7 @@ void scatter_chunk(const PairList& list, const T* grad, int64_t first, int64_t l
   using V = typename Lanes<T>::type;
   constexpr int64_t kCellBlock = 256;
   constexpr int64_t kAhead = 24;  // pairs: rows of j lie anywhere, so they are asked for before their turn
-  const int64_t *row_of = list.mapping, *column_of = list.mapping + list.num_pairs;
+  const int64_t *row_of = list.mapping, *column_of = list.mapping + list.capacity;
   int64_t row = -1, system = 0;
   V row_sum = {}, cell_sum[3] = {};
 

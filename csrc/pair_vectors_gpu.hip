@@ -30,6 +30,12 @@ __device__ inline bool atoms_in_range(const GpuPairList& list, int64_t i, int64_
   return static_cast<uint64_t>(i) < n && static_cast<uint64_t>(j) < n;
 }
 
+// Whether this is a padded list that has failed (ops.cpp). Its vectors are NaN, and so is what comes of them.
+__device__ inline bool has_failed(const GpuPairList& list) {
+  if (list.offsets != nullptr) return list.offsets[0] < 0;
+  return list.live != nullptr && static_cast<uint64_t>(*list.live) > static_cast<uint64_t>(list.num_pairs);
+}
+
 template <typename T>
 __global__ __launch_bounds__(kThreads) void vectors_of_mapping(GpuPairList list, const T* positions, const T* cell,
                                                                T* vectors) {
@@ -37,7 +43,9 @@ __global__ __launch_bounds__(kThreads) void vectors_of_mapping(GpuPairList list,
   const int64_t wave_first = int64_t(blockIdx.x) * kThreads + wave_of_thread() * wave_width();
   const int64_t p = wave_first + lane_of_thread();
   Vec3<T> v{0, 0, 0};
-  if (p < list.num_pairs) {
+  if (has_failed(list)) {
+    v.x = v.y = v.z = std::numeric_limits<T>::quiet_NaN();
+  } else if (p < (list.live == nullptr ? list.num_pairs : *list.live)) {
     const int64_t i = list.mapping[p], j = list.mapping[list.num_pairs + p];
     bool in_range = atoms_in_range(list, i, j);
     int64_t b = 0;
@@ -63,7 +71,8 @@ __global__ __launch_bounds__(kThreads) void vectors_of_mapping(GpuPairList list,
   store_triples(vectors + 3 * wave_first, count, v.x, v.y, v.z, stages + 3 * wave_of_thread() * wave_width());
 }
 
-// A wave a row, and then another: the grid is laid out for the narrowest waves.
+// A wave a row, and then another: the grid is laid out for the narrowest waves. Then what is left of a padded
+// list.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void vectors_of_links(GpuPairList list, const T* positions, const T* cell,
                                                              T* vectors) {
@@ -71,7 +80,13 @@ __global__ __launch_bounds__(kThreads) void vectors_of_links(GpuPairList list, c
   T* stage = stages + 3 * wave_of_thread() * wave_width();
   const int lane = lane_of_thread();
   const int waves = kThreads / wave_width();
-  for (int64_t i = int64_t(blockIdx.x) * waves + wave_of_thread(); i < list.num_atoms; i += gridDim.x * waves) {
+  const bool failed = has_failed(list);
+  const T empty = failed ? std::numeric_limits<T>::quiet_NaN() : T(0);
+  const int64_t num_rows = failed ? 0 : list.num_atoms, live = failed ? 0 : list.offsets[list.num_atoms];
+  for (int64_t p = 3 * live + int64_t(blockIdx.x) * kThreads + threadIdx.x; p < 3 * list.num_pairs;
+       p += int64_t(gridDim.x) * kThreads)
+    vectors[p] = empty;
+  for (int64_t i = int64_t(blockIdx.x) * waves + wave_of_thread(); i < num_rows; i += gridDim.x * waves) {
     const int64_t first = list.offsets[i], last = list.offsets[i + 1];
     const Vec3<T> ri = load_triple(positions + 3 * i);
     const T* h = cell == nullptr ? nullptr : cell + 9 * (list.system_idx == nullptr ? 0 : list.system_idx[i]);
@@ -197,6 +212,12 @@ template <typename T, bool kLinked>
 __global__ __launch_bounds__(kThreads) void adjoint_rows(GpuPairList list, SortedEnds ends, RowOrder order,
                                                          const T* grad, AdjointOutput<T> out) {
   const int64_t chunk = blockIdx.x, n = list.num_atoms;
+  if (has_failed(list)) {
+    if (out.grad_positions == nullptr) return;
+    for (int64_t k = chunk * kThreads + threadIdx.x; k < 3 * n; k += int64_t(gridDim.x) * kThreads)
+      out.grad_positions[k] = std::numeric_limits<T>::quiet_NaN();
+    return;
+  }
   int64_t b = 0;  // the last system whose chunks start at or before this one
   if (order.first_of_system != nullptr) {
     int64_t high = list.num_systems;
@@ -244,6 +265,10 @@ template <typename T>
 __global__ __launch_bounds__(kCellThreads) void sum_chunks(GpuPairList list, RowOrder order,
                                                            AdjointOutput<T> out) {
   const int64_t b = blockIdx.x, n = list.num_atoms;
+  if (has_failed(list)) {
+    if (threadIdx.x < 9) out.grad_cell[9 * b + threadIdx.x] = std::numeric_limits<T>::quiet_NaN();
+    return;
+  }
   const int64_t first = first_chunk_of(order, b, n);
   const int64_t num_rows = first_of(order, b + 1, n) - first_of(order, b, n);
   const int64_t chunks = (num_rows + rows_in_chunk(n) - 1) / rows_in_chunk(n);
@@ -260,6 +285,10 @@ __global__ __launch_bounds__(kCellThreads) void sum_chunks(GpuPairList list, Row
 __global__ __launch_bounds__(kThreads) void pair_ends(GpuPairList list, int row, int32_t* ends) {
   const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (p >= list.num_pairs) return;
+  if (list.live != nullptr && p >= *list.live) {
+    ends[p] = -1;
+    return;
+  }
   const int64_t i = list.mapping[p], j = list.mapping[list.num_pairs + p];
   ends[p] = atoms_in_range(list, i, j) ? static_cast<int32_t>(row == 0 ? i : j) : -1;
 }
@@ -275,8 +304,8 @@ __global__ __launch_bounds__(kThreads) void first_of_each(const int64_t* sorted,
 template <typename T>
 void pair_vectors_gpu(const GpuPairList& list, const T* positions, const T* cell, T* vectors, GpuStream stream) {
   if (list.num_pairs == 0) return;
-  if (list.links != nullptr) {
-    const int64_t blocks = blocks_for(list.num_atoms, kThreads / kNarrowestWave);
+  if (list.offsets != nullptr) {
+    const int64_t blocks = std::max<int64_t>(blocks_for(list.num_atoms, kThreads / kNarrowestWave), 1);
     DIFFNL_LAUNCH(vectors_of_links<T>, blocks, kThreads, stream, list, positions, cell, vectors);
   } else {
     const int64_t blocks = blocks_for(list.num_pairs, kThreads);
@@ -294,7 +323,7 @@ void adjoint_gpu(const GpuPairList& list, const SortedEnds& ends, const RowOrder
   // Positions alone need no systems, but one chunk for the rows that are left over.
   const int64_t systems = order.first_of_system == nullptr ? 1 : list.num_systems;
   const int64_t chunks = adjoint_chunks(list.num_atoms, systems);
-  if (list.links != nullptr) {
+  if (list.offsets != nullptr) {
     DIFFNL_LAUNCH((adjoint_rows<T, true>), chunks, kThreads, stream, list, ends, order, grad, out);
   } else {
     DIFFNL_LAUNCH((adjoint_rows<T, false>), chunks, kThreads, stream, list, ends, order, grad, out);

@@ -30,6 +30,7 @@ template <typename T>
 __global__ __launch_bounds__(kThreads) void sort_row(GpuSearch<T> s, GpuPairs<T> from, GpuPairs<T> pairs) {
   __shared__ RowKey keys[kSortedInPlace];
   const int thread = static_cast<int>(threadIdx.x);
+  if (has_failed(s)) return;
   for (int64_t i = blockIdx.x; i < s.num_atoms; i += gridDim.x) {
     const int64_t first = s.offsets[i], length = s.offsets[i + 1] - first;
     for (int64_t e0 = 0; e0 < length; e0 += kThreads) {
@@ -64,7 +65,7 @@ __global__ __launch_bounds__(kThreads) void sort_row(GpuSearch<T> s, GpuPairs<T>
 template <typename T>
 __global__ __launch_bounds__(kThreads) void link_sorted(GpuSearch<T> s, GpuPairs<T> pairs) {
   const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (p >= pairs.num_pairs) return;
+  if (has_failed(s) || p >= (s.capacity >= 0 ? *s.num_pairs : pairs.num_pairs)) return;
   const RowKey key = row_key(pairs, p);
   const RowKey reverse{static_cast<int32_t>(pairs.mapping[p]), -key.s0, -key.s1, -key.s2};
   const int64_t first = s.offsets[key.j];
@@ -83,11 +84,11 @@ __global__ __launch_bounds__(kThreads) void link_sorted(GpuSearch<T> s, GpuPairs
 
 template <typename T>
 void sort_rows(const GpuSearch<T>& s, const GpuPairs<T>& from, const GpuPairs<T>& pairs, GpuStream stream) {
-  if (pairs.num_pairs == 0) return;
+  if (pairs.num_pairs == 0 || s.num_atoms == 0) return;
   const int64_t blocks = std::min<int64_t>(s.num_atoms, int64_t(1) << 20);
   DIFFNL_LAUNCH(sort_row<T>, blocks, kThreads, stream, s, from, pairs);
-  const GpuPairList list{pairs.mapping, pairs.shifts,    nullptr,     nullptr,
-                         s.system_idx,  pairs.num_pairs, s.num_atoms, s.num_systems};
+  const GpuPairList list{pairs.mapping, pairs.shifts,    nullptr,     nullptr,      s.system_idx,
+                         s.num_pairs,   pairs.num_pairs, s.num_atoms, s.num_systems};
   pair_vectors_gpu(list, s.positions, s.cell, pairs.vectors, stream);
   if (pairs.links != nullptr)
     DIFFNL_LAUNCH(link_sorted<T>, blocks_for(pairs.num_pairs, kThreads), kThreads, stream, s, pairs);

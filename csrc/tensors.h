@@ -91,20 +91,28 @@ class HeldList {
     require(num_atoms >= 0 && num_systems >= 0, "sizes must not be negative");
     require(num_systems > 0 || num_pairs == 0 || !uses_cell, "pairs need a system");
     if (uses_cell) systems_ = system_data(system_idx_, num_atoms);
-    num_pairs_ = num_pairs;
+    capacity_ = num_pairs;
   }
 
   const int64_t* mapping() const { return data<int64_t>(mapping_); }        // (2, P)
   const int32_t* shifts() const { return data_or_null<int32_t>(shifts_); }  // (P, 3)
   const int64_t* system_idx() const { return systems_; }                    // (N,)
-  int64_t num_pairs() const { return num_pairs_; }
+  int64_t capacity() const { return capacity_; }                            // P, of a padded list more
 
  private:
   Tensor mapping_;
   std::optional<Tensor> shifts_, system_idx_;
   const int64_t* systems_ = nullptr;
-  int64_t num_pairs_ = 0;
+  int64_t capacity_ = 0;
 };
+
+// The number of pairs of a padded list, where the device can read it; or null.
+inline const int64_t* live_pairs(const std::optional<Tensor>& num_pairs) {
+  if (!num_pairs.has_value()) return nullptr;
+  check_shape(*num_pairs, "num_pairs", {});
+  check_dtype(*num_pairs, "num_pairs", ScalarType::Long);
+  return data<int64_t>(*num_pairs);
+}
 
 // A (3, 3) cell is one system.
 inline int64_t num_systems_of(const Tensor& cell) { return cell.dim() == 2 ? 1 : cell.size(0); }
@@ -116,6 +124,8 @@ inline void check_cell(const Tensor& cell, ScalarType dtype) {
     check_shape(cell, "cell", {-1, 3, 3});
   check_dtype(cell, "cell", dtype);
 }
+
+inline void check_capacity(int64_t capacity) { require(capacity >= 0, "`capacity` must not be negative"); }
 
 // The checks that all searches share. `pbc` is (3,), for all systems, or (B, 3).
 inline void check_search(const Tensor& positions, const Tensor& cell, const Tensor& pbc) {

@@ -3,14 +3,17 @@
 from . import reference
 from ._ops import build_info
 from ._version import __version__
-from .neighbors import NeighborList, Pairs, neighbor_pairs, pair_vectors
+from .neighbors import NeighborList, estimate_capacity, neighbor_pairs, pair_vectors
+from .pairs import PaddedPairs, Pairs
 from .stress import forces_and_stress, strained
 
 __all__ = [
     "NeighborList",
+    "PaddedPairs",
     "Pairs",
     "__version__",
     "build_info",
+    "estimate_capacity",
     "forces_and_stress",
     "neighbor_pairs",
     "pair_vectors",

@@ -107,12 +107,55 @@ def linked_adjoint(
     )
 
 
+def padded_neighbor_pairs(
+    positions: Tensor,
+    cell: Tensor,
+    pbc: Tensor,
+    system_idx: Tensor | None,
+    cutoff: float,
+    capacity: int,
+    full: bool,
+    sorted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `neighbor_pairs`, with room for C = `capacity` pairs -> mapping (2, C), shifts (C, 3), vectors
+    (C, 3), num_pairs ()."""
+    return torch.ops.diffnl.padded_neighbor_pairs.default(
+        positions, cell, pbc, system_idx, cutoff, capacity, full, sorted
+    )
+
+
+def padded_linked_neighbor_pairs(
+    positions: Tensor,
+    cell: Tensor,
+    pbc: Tensor,
+    system_idx: Tensor | None,
+    cutoff: float,
+    capacity: int,
+    sorted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The full list as `padded_neighbor_pairs` gives it, then links (C,) and rows (2 N + B + 2,) int64.
+
+    A list that cannot be linked has failed.
+    """
+    return torch.ops.diffnl.padded_linked_neighbor_pairs.default(
+        positions, cell, pbc, system_idx, cutoff, capacity, sorted
+    )
+
+
 def pair_vectors(
-    positions: Tensor, cell: Tensor | None, mapping: Tensor, shifts: Tensor | None, system_idx: Tensor | None
+    positions: Tensor,
+    cell: Tensor | None,
+    mapping: Tensor,
+    shifts: Tensor | None,
+    system_idx: Tensor | None,
+    num_pairs: Tensor | None = None,
 ) -> Tensor:
-    """r_j - r_i + S @ h, (P, 3). Without `cell` the shifts do not matter and may be None."""
+    """r_j - r_i + S @ h, (P, 3). Without `cell` the shifts do not matter and may be None.
+
+    `num_pairs` (), of a padded list: slots behind are 0.
+    """
     try:
-        return torch.ops.diffnl.pair_vectors.default(positions, cell, mapping, shifts, system_idx)
+        return torch.ops.diffnl.pair_vectors.default(positions, cell, mapping, shifts, system_idx, num_pairs)
     except RuntimeError as error:
         _validate.raise_data_error(error, positions, cell)
         raise
@@ -127,33 +170,48 @@ def pair_vectors_adjoint(
     num_systems: int,
     need_positions: bool,
     need_cell: bool,
+    num_pairs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(P, 3) -> gradients (N, 3) and (B, 3, 3); one that is not needed comes back with no rows."""
+    """(P, 3) -> gradients (N, 3) and (B, 3, 3); one that is not needed comes back with no rows.
+
+    `num_pairs` (), of a padded list: what `grad` holds behind does not matter.
+    """
     return torch.ops.diffnl.pair_vectors_adjoint.default(
-        grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell
+        grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell, num_pairs
     )
 
 
 def is_linked(first: Tensor) -> bool:
-    """Whether `first` of a list (first, second, system_idx) is links (P,) and not mapping (2, P)."""
+    """Whether `first` of a list (first, second, ...) is links (P,) and not mapping (2, P)."""
     return first.ndim == 1
 
 
 def vectors_of_list(
-    positions: Tensor, cell: Tensor | None, first: Tensor, second: Tensor | None, system_idx: Tensor | None
+    positions: Tensor,
+    cell: Tensor | None,
+    first: Tensor,
+    second: Tensor | None,
+    system_idx: Tensor | None,
+    num_pairs: Tensor | None,
 ) -> Tensor:
     """`linked_vectors` or `pair_vectors`."""
-    function = linked_vectors if is_linked(first) else pair_vectors
-    return function(positions, cell, first, second, system_idx)
+    if is_linked(first):
+        return linked_vectors(positions, cell, first, second, system_idx)
+    return pair_vectors(positions, cell, first, second, system_idx, num_pairs)
 
 
 def adjoint_of_list(
-    grad: Tensor, first: Tensor, second: Tensor | None, system_idx: Tensor | None, *sizes_and_needs
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    system_idx: Tensor | None,
+    num_pairs: Tensor | None,
+    *sizes_and_needs,
 ) -> tuple[Tensor, Tensor]:
     """`linked_adjoint` or `pair_vectors_adjoint`."""
     if is_linked(first):
         return linked_adjoint(grad, first, second, *sizes_and_needs)
-    return pair_vectors_adjoint(grad, first, second, system_idx, *sizes_and_needs)
+    return pair_vectors_adjoint(grad, first, second, system_idx, *sizes_and_needs, num_pairs)
 
 
 @torch.library.register_fake("diffnl::neighbor_pairs")
@@ -167,12 +225,22 @@ def _(positions, cell, pbc, system_idx, cutoff, full=True, sorted=False):
 
 
 @torch.library.register_fake("diffnl::pair_vectors")
-def _(positions, cell, mapping, shifts, system_idx=None):
+def _(positions, cell, mapping, shifts, system_idx=None, num_pairs=None):
     return positions.new_empty((mapping.shape[1], 3))
 
 
 @torch.library.register_fake("diffnl::pair_vectors_adjoint")
-def _(grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions=True, need_cell=True):
+def _(
+    grad,
+    mapping,
+    shifts,
+    system_idx,
+    num_atoms,
+    num_systems,
+    need_positions=True,
+    need_cell=True,
+    num_pairs=None,
+):
     return (
         grad.new_empty((num_atoms if need_positions else 0, 3)),
         grad.new_empty((num_systems if need_cell else 0, 3, 3)),
@@ -188,6 +256,29 @@ def _(positions, cell, pbc, system_idx, cutoff, sorted=False):
         positions.new_empty((num_pairs, 3), dtype=torch.int32),
         positions.new_empty((num_pairs, 3)),
         positions.new_empty((num_pairs,), dtype=torch.int64),
+        positions.new_empty((num_rows,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("diffnl::padded_neighbor_pairs")
+def _(positions, cell, pbc, system_idx, cutoff, capacity, full=True, sorted=False):
+    return (
+        positions.new_empty((2, capacity), dtype=torch.int64),
+        positions.new_empty((capacity, 3), dtype=torch.int32),
+        positions.new_empty((capacity, 3)),
+        positions.new_empty((), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("diffnl::padded_linked_neighbor_pairs")
+def _(positions, cell, pbc, system_idx, cutoff, capacity, sorted=False):
+    num_rows = 2 * positions.shape[0] + _validate.num_systems(cell) + 2
+    return (
+        positions.new_empty((2, capacity), dtype=torch.int64),
+        positions.new_empty((capacity, 3), dtype=torch.int32),
+        positions.new_empty((capacity, 3)),
+        positions.new_empty((), dtype=torch.int64),
+        positions.new_empty((capacity,), dtype=torch.int64),
         positions.new_empty((num_rows,), dtype=torch.int64),
     )
 

@@ -39,6 +39,26 @@ def cutoff(value: float) -> float:
     return number
 
 
+def capacity(value: int | None) -> int | None:
+    """An integer >= 0, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"`capacity` must be an integer; got {value!r} of type {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"`capacity` must be >= 0; got {value}")
+    return value
+
+
+def slack(value: float) -> float:
+    """A finite share >= 0, as a Python float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`slack` must be a number; got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"`slack` must be finite and >= 0; got {value}")
+    return float(value)
+
+
 def positions(value: Tensor) -> Tensor:
     """(N, 3), float32 or float64."""
     t = _tensor("positions", value)
@@ -91,7 +111,12 @@ def pbc(value: bool | Sequence[bool] | Tensor | None, like: Tensor) -> Tensor:
         flags = [value] * 3
     if any(str(getattr(flag, "dtype", type(flag).__name__)) != "bool" for flag in flags):
         raise TypeError(f"`pbc` must be a bool, three bools or a bool tensor; got {value!r}")
-    return torch.tensor([bool(flag) for flag in flags], device=like.device)
+    # Fills, not a copy from the host: that would wait for the device, and no graph could capture it.
+    axes = torch.zeros((3,), dtype=torch.bool, device=like.device)
+    for axis, flag in zip(axes, flags, strict=True):
+        if flag:
+            axis.fill_(True)
+    return axes
 
 
 def system_idx(value: Tensor | None, like: Tensor) -> Tensor | None:
@@ -108,18 +133,24 @@ def system_idx(value: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def systems(
-    cell: Tensor | None, pbc: Tensor, system_idx: Tensor | None, positions: Tensor
+    cell: Tensor | None, pbc: Tensor, system_idx: Tensor | None, positions: Tensor, *, may_wait: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Settles the number of systems B; returns `cell`, (3, 3) or (B, 3, 3), and `pbc`, (3,) or (B, 3).
 
     B is the number of cells. Without a cell it is the number of rows of a (B, 3) `pbc`, or one more than the
-    largest `system_idx`, or 1.
+    largest `system_idx`, or 1. Unless it `may_wait` for the device, it does not look: a `pbc` that is true
+    without a cell is then a singular cell, which the search finds.
     """
     if cell is None:
-        if bool(pbc.any()):
+        if may_wait and bool(pbc.any()):
             raise ValueError("`cell` must be given where `pbc` is true; got None")
         if pbc.ndim == 2:
             count = pbc.shape[0]
+        elif system_idx is not None and not may_wait:
+            raise ValueError(
+                "`cell` must be given with `system_idx` where there is a `capacity`: (B, 3, 3), zeros for "
+                "open systems; got None"
+            )
         elif system_idx is not None and system_idx.numel() > 0:
             count = max(int(system_idx.max()) + 1, 1)
         else:
@@ -238,6 +269,11 @@ DATA_ERRORS = {
         "atoms (or a `cutoff`) so many cells apart in system {a} that rounding is of the order of the "
         "distance between images: wrap the positions into the cell, or use float64"
     ),
+    "not_linkable": (
+        "`positions` must be such that no pair spans more than 31 cells and no atom has 16,384 pairs or "
+        "more, where a full list with a `capacity` is differentiated on a GPU; got more: wrap the positions "
+        "into the cell, or take full=False"
+    ),
     "mapping_out_of_range": "`mapping` must hold atom numbers in [0, {atoms}); got {a} in pair {b}",
 }
 
@@ -260,6 +296,36 @@ def data_error(code: str, positions: Tensor, cell: Tensor | None, a: int, b: int
             dtype=positions.dtype,
         )
     )
+
+
+# The kinds of faults in csrc/errors.h, from 1.
+FAULTS = (
+    "positions_not_finite",
+    "cell_not_finite",
+    "cell_singular",
+    "system_idx_out_of_range",
+    "shift_overflows",
+    "images_blur",
+    "not_linkable",
+)
+FAULT_BITS = 56
+
+
+def padded_error(
+    fault: int, positions: Tensor | None, cell: Tensor | None, system_idx: Tensor | None
+) -> ValueError:
+    """The ValueError for a fault that a padded list holds. Where nobody has kept the inputs, as in a compiled
+    graph, they are None, and it says less."""
+    code, number = FAULTS[(fault >> FAULT_BITS) - 1], fault & ((1 << FAULT_BITS) - 1)
+    if positions is None:
+        return ValueError(f"the input of the search was bad: {code} ({number})")
+    if code == "system_idx_out_of_range":
+        return data_error(code, positions, cell, int(system_idx[number]), number)
+    return data_error(code, positions, cell, number)
+
+
+def overflow(num_pairs: int, capacity: int) -> ValueError:
+    return ValueError(f"`capacity` must be at least the number of pairs, {num_pairs}; got {capacity}")
 
 
 def raise_data_error(error: RuntimeError, positions: Tensor, cell: Tensor | None) -> None:

@@ -10,8 +10,9 @@ Each of the two maps is the other's backward, so derivatives of every order exis
 to the tangents. `Search` finds the pairs and writes the same vectors: its backward is PairVectorsAdjoint,
 its forward mode PairVectors. None of them saves a float: a linear map's derivative needs only the list.
 
-A list is three tensors, in one of two forms: (mapping, shifts, system_idx), or from `LinkedSearch`, on a GPU,
-(links, rows, system_idx), which is a third of the memory and knows the reverse of each pair.
+A list is four tensors, in one of two forms: (mapping, shifts, system_idx, num_pairs), where num_pairs is None
+unless the list is padded, or from `LinkedSearch`, on a GPU, (links, rows, system_idx, None), which is a third
+of the memory and knows the reverse of each pair.
 """
 
 import torch
@@ -38,8 +39,8 @@ class _Operator(Function):
 
 def _without_cell(pair_list):
     """What is left of a list where no cell takes part: the shifts and systems do not matter."""
-    first, second, _ = pair_list
-    return first, second if _ops.is_linked(first) else None, None
+    first, second, _, num_pairs = pair_list
+    return first, second if _ops.is_linked(first) else None, None, num_pairs
 
 
 def _save_shapes(ctx, positions: Tensor, cell: Tensor | None, num_systems: int) -> None:
@@ -89,7 +90,7 @@ class PairVectors(_Operator):
 
     @staticmethod
     def backward(ctx, grad):
-        return *_gradients(ctx, grad), None, None, None
+        return *_gradients(ctx, grad), None, None, None, None
 
     @staticmethod
     def jvp(ctx, positions, cell, *_):
@@ -104,14 +105,14 @@ class PairVectorsAdjoint(_Operator):
     """grad (P, 3), list -> gradients (N, 3) and (B, 3, 3); one that is not needed has no rows."""
 
     @staticmethod
-    def forward(grad, first, second, system_idx, *sizes_and_needs):
-        return _ops.adjoint_of_list(grad, first, second, system_idx, *sizes_and_needs)
+    def forward(grad, first, second, system_idx, num_pairs, *sizes_and_needs):
+        return _ops.adjoint_of_list(grad, first, second, system_idx, num_pairs, *sizes_and_needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, first, second, system_idx, *ctx.sizes_and_needs = inputs
+        _, first, second, system_idx, num_pairs, *ctx.sizes_and_needs = inputs
         ctx.set_materialize_grads(False)
-        _save_list(ctx, first, second, system_idx, uses_cell=ctx.sizes_and_needs[3])
+        _save_list(ctx, first, second, system_idx, num_pairs, uses_cell=ctx.sizes_and_needs[3])
 
     @staticmethod
     def backward(ctx, grad_positions, grad_cell):
@@ -119,7 +120,7 @@ class PairVectorsAdjoint(_Operator):
         grad_positions = grad_positions if need_positions else None
         grad_cell = grad_cell if need_cell else None
         vectors = _apply_to(grad_positions, grad_cell, ctx.saved_tensors, num_atoms)
-        return vectors, *[None] * 7
+        return vectors, *[None] * 8
 
     @staticmethod
     def jvp(ctx, grad, *_):
@@ -141,19 +142,16 @@ class Search(_Operator):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        positions, cell, _, system_idx, *_ = inputs
         mapping, shifts, _ = output
-        _save_shapes(ctx, positions, cell, _validate.num_systems(cell))
-        ctx.mark_non_differentiable(mapping, shifts)
-        _save_list(ctx, mapping, shifts, system_idx, uses_cell=ctx.needs_input_grad[1])
+        _set_up_search(ctx, inputs, output, mapping, shifts, inputs[3], None)
 
     @staticmethod
-    def backward(ctx, _mapping, _shifts, grad):
-        return *_gradients(ctx, grad), None, None, None, None, None
+    def backward(ctx, _mapping, _shifts, grad, *_):
+        return *_gradients(ctx, grad), *[None] * ctx.num_options
 
     @staticmethod
     def jvp(ctx, positions, cell, *_):
-        return None, None, _tangent(ctx, positions, cell)
+        return None, None, _tangent(ctx, positions, cell), *[None] * ctx.num_extras
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -175,27 +173,53 @@ class LinkedSearch(Search):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        positions, cell, _, system_idx, *_ = inputs
         mapping, shifts, _, links, rows = output
-        _save_shapes(ctx, positions, cell, _validate.num_systems(cell))
-        ctx.mark_non_differentiable(mapping, shifts, links, rows)
         count = links.shape[0]
         linked = isinstance(count, torch.SymInt) or count > 0
         pair_list = (links, rows) if linked else (mapping, shifts)
-        _save_list(ctx, *pair_list, system_idx, uses_cell=ctx.needs_input_grad[1])
+        _set_up_search(ctx, inputs, output, *pair_list, inputs[3], None)
+
+
+class PaddedSearch(Search):
+    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ... -> mapping (2, C), shifts (C, 3), vectors (C, 3),
+    num_pairs ()."""
 
     @staticmethod
-    def backward(ctx, _mapping, _shifts, grad, _links, _rows):
-        return *_gradients(ctx, grad), None, None, None, None
+    def forward(positions, cell, pbc, system_idx, cutoff, capacity, full, sorted):
+        return _ops.padded_neighbor_pairs(positions, cell, pbc, system_idx, cutoff, capacity, full, sorted)
 
     @staticmethod
-    def jvp(ctx, positions, cell, *_):
-        return None, None, _tangent(ctx, positions, cell), None, None
+    def setup_context(ctx, inputs, output):
+        mapping, shifts, _, num_pairs = output
+        _set_up_search(ctx, inputs, output, mapping, shifts, inputs[3], num_pairs)
+
+
+class LinkedPaddedSearch(Search):
+    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ... -> a full list as PaddedSearch, links, rows."""
+
+    @staticmethod
+    def forward(positions, cell, pbc, system_idx, cutoff, capacity, sorted):
+        return _ops.padded_linked_neighbor_pairs(positions, cell, pbc, system_idx, cutoff, capacity, sorted)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *_, links, rows = output
+        _set_up_search(ctx, inputs, output, links, rows, inputs[3], None)
+
+
+def _set_up_search(ctx, inputs, output, *pair_list) -> None:
+    """What the backward of a search needs. Of its outputs, the third is the vectors."""
+    positions, cell, *options = inputs
+    mapping, shifts, _, *extras = output
+    ctx.num_options, ctx.num_extras = len(options), len(extras)
+    _save_shapes(ctx, positions, cell, _validate.num_systems(cell))
+    ctx.mark_non_differentiable(mapping, shifts, *extras)
+    _save_list(ctx, *pair_list, uses_cell=ctx.needs_input_grad[1])
 
 
 def _num_systems(pair_list, num_atoms: int, cell: Tensor | None) -> int:
     """B; 0 where it is not known and does not matter."""
-    first, second, _ = pair_list
+    first, second, *_ = pair_list
     if _ops.is_linked(first):
         return second.shape[0] - 2 * num_atoms - 2
     return 0 if cell is None else _validate.num_systems(cell)

@@ -1,54 +1,21 @@
 """The neighbour list as a layer: options in, pairs out."""
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _ops, _validate
-from .autograd import LinkedSearch, PairVectors, Search, nobody_differentiates
-
-
-class _PairFields(NamedTuple):
-    mapping: Tensor
-    shifts: Tensor
-    vectors: Tensor
-
-
-class Pairs(_PairFields):
-    """The pairs of a neighbour list: a named tuple of three tensors on the device of the positions.
-
-    Attributes:
-        mapping: (2, P) int64. Row 0 is i, the centre; row 1 is j, the neighbour.
-        shifts: (P, 3) int32. S, the number of lattice vectors between the images of i and j.
-        vectors: (P, 3), dtype of the positions, in their length unit. v = (r_j - r_i) + S @ h; differentiable
-            with respect to positions and cell.
-    """
-
-    @property
-    def distances(self) -> Tensor:
-        """(P,) |v|, in the length unit of the positions; computed on first use.
-
-        Differentiable, with zero first and second derivatives (instead of NaN) where v = 0.
-        """
-        kept = self.__dict__.get("_distances")
-        # What was computed without a graph must not stand in for a differentiable value later.
-        usable = kept is not None and (
-            torch.is_inference_mode_enabled()
-            or not kept.is_inference()
-            and (kept.requires_grad or not (torch.is_grad_enabled() and self.vectors.requires_grad))
-        )
-        if not usable:
-            kept = self.__dict__["_distances"] = _norm(self.vectors)
-        return kept
-
-
-def _norm(vectors: Tensor) -> Tensor:
-    squared = vectors.square().sum(-1)
-    zero = squared == 0
-    # sqrt is taken of 1 where v = 0, so that no infinite slope is ever multiplied by zero.
-    return squared.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+from .autograd import (
+    LinkedPaddedSearch,
+    LinkedSearch,
+    PaddedSearch,
+    PairVectors,
+    Search,
+    nobody_differentiates,
+)
+from .pairs import PaddedPairs, Pairs
 
 
 def neighbor_pairs(
@@ -60,7 +27,8 @@ def neighbor_pairs(
     *,
     full: bool = True,
     sorted: bool = False,
-) -> Pairs:
+    capacity: int | None = None,
+) -> Pairs | PaddedPairs:
     """All pairs of atoms, through all periodic images, closer than a cutoff.
 
     A pair (i, j, S) has the vector v = (r_j - r_i) + S @ h and is listed iff i and j belong to the same
@@ -79,6 +47,9 @@ def neighbor_pairs(
         full: list both (i, j, S) and (j, i, -S). Otherwise one of the two: the one with i < j, or for i = j
             the one whose S is lexicographically positive.
         sorted: order each row by (j, S). Rows are always in ascending order of i.
+        capacity: return `PaddedPairs` with room for so many pairs, >= 0, without waiting for the device. What
+            only the data can tell is then not raised here, but makes all vectors NaN: see `PaddedPairs`.
+            `estimate_capacity` helps to choose.
 
     Returns:
         The pairs. The same input on the same device gives the same bits.
@@ -87,7 +58,16 @@ def neighbor_pairs(
         ValueError: wrong shapes, devices or values; NaN or infinity; a singular cell on a periodic axis.
         TypeError: wrong types or dtypes.
     """
-    return _find(positions, cell, pbc, system_idx, _validate.cutoff(cutoff), bool(full), bool(sorted))
+    return _find(
+        positions,
+        cell,
+        pbc,
+        system_idx,
+        _validate.cutoff(cutoff),
+        bool(full),
+        bool(sorted),
+        _validate.capacity(capacity),
+    )
 
 
 class NeighborList(nn.Module):
@@ -97,16 +77,21 @@ class NeighborList(nn.Module):
         cutoff: > 0, in the length unit of the positions.
         full: list both (i, j, S) and (j, i, -S), or one of the two.
         sorted: order each row by (j, S).
+        capacity: return `PaddedPairs` with room for so many pairs, without waiting for the device: for CUDA
+            and HIP graphs, and wherever shapes must not depend on data. None: `Pairs`.
 
     Raises:
-        ValueError, TypeError: a cutoff that is not a finite number > 0.
+        ValueError, TypeError: a cutoff that is not a finite number > 0, a capacity not an integer >= 0.
     """
 
-    def __init__(self, cutoff: float, *, full: bool = True, sorted: bool = False):
+    def __init__(
+        self, cutoff: float, *, full: bool = True, sorted: bool = False, capacity: int | None = None
+    ):
         super().__init__()
         self.cutoff = _validate.cutoff(cutoff)
         self.full = bool(full)
         self.sorted = bool(sorted)
+        self.capacity = _validate.capacity(capacity)
 
     def forward(
         self,
@@ -114,26 +99,71 @@ class NeighborList(nn.Module):
         cell: Tensor | None = None,
         pbc: bool | Sequence[bool] | Tensor | None = None,
         system_idx: Tensor | None = None,
-    ) -> Pairs:
+    ) -> Pairs | PaddedPairs:
         """The pairs of one system or a batch; see `neighbor_pairs` for shapes, dtypes and errors."""
-        return _find(positions, cell, pbc, system_idx, self.cutoff, self.full, self.sorted)
+        return _find(positions, cell, pbc, system_idx, self.cutoff, self.full, self.sorted, self.capacity)
 
     def extra_repr(self) -> str:
-        return f"cutoff={self.cutoff}, full={self.full}, sorted={self.sorted}"
+        options = f"cutoff={self.cutoff}, full={self.full}, sorted={self.sorted}"
+        return options if self.capacity is None else f"{options}, capacity={self.capacity}"
 
 
-def _find(positions, cell, pbc, system_idx, cutoff: float, full: bool, sorted: bool) -> Pairs:
+def estimate_capacity(
+    positions: Tensor,
+    cell: Tensor | None,
+    pbc: bool | Sequence[bool] | Tensor | None,
+    cutoff: float,
+    system_idx: Tensor | None = None,
+    *,
+    full: bool = True,
+    slack: float = 0.25,
+) -> int:
+    """A `capacity` for systems like this one: its number of pairs and a share to spare, in steps of 256.
+
+    Args:
+        positions, cell, pbc, cutoff, system_idx, full: as in `neighbor_pairs`, which is called.
+        slack: >= 0, the share to spare. A quarter leaves room for a density a quarter higher, or for a
+            cutoff that grows by 7 % against the cell.
+
+    Returns:
+        A number of pairs >= 256.
+
+    Raises:
+        ValueError, TypeError: as `neighbor_pairs`; a slack that is not a finite number >= 0.
+    """
+    slack = _validate.slack(slack)
+    with torch.no_grad():
+        found = neighbor_pairs(positions, cell, pbc, cutoff, system_idx, full=full)
+    return max(math.ceil(found.shifts.shape[0] * (1.0 + slack) / 256), 1) * 256
+
+
+def _find(positions, cell, pbc, system_idx, cutoff: float, full: bool, sorted: bool, capacity: int | None):
     positions = _validate.positions(positions)
     cell = None if cell is None else _validate.cell(cell, positions)
     pbc = _validate.pbc(pbc, positions)
     system_idx = _validate.system_idx(system_idx, positions)
-    cell, pbc = _validate.systems(cell, pbc, system_idx, positions)
+    cell, pbc = _validate.systems(cell, pbc, system_idx, positions, may_wait=capacity is None)
+    if capacity is not None:
+        return _find_padded(positions, cell, pbc, system_idx, cutoff, capacity, full, sorted)
     if not torch.compiler.is_compiling() and nobody_differentiates(positions, cell):
         return Pairs(*_ops.neighbor_pairs(positions, cell, pbc, system_idx, cutoff, full, sorted))
-    if full and _wants_links(positions, cell):
+    if full and not torch.compiler.is_compiling() and _wants_links(positions, cell):
         found = LinkedSearch.call(positions, cell, pbc, system_idx, cutoff, sorted)
         return Pairs(*found[:3])
     return Pairs(*Search.call(positions, cell, pbc, system_idx, cutoff, full, sorted))
+
+
+def _find_padded(positions, cell, pbc, system_idx, cutoff, capacity, full, sorted) -> PaddedPairs:
+    options = positions, cell, pbc, system_idx, cutoff, capacity
+    compiling = torch.compiler.is_compiling()
+    if not compiling and nobody_differentiates(positions, cell):
+        found = _ops.padded_neighbor_pairs(*options, full, sorted)
+    elif full and _wants_links(positions, cell):
+        found = LinkedPaddedSearch.call(*options, sorted)
+    else:
+        found = PaddedSearch.call(*options, full, sorted)
+    pairs = PaddedPairs(*found[:4])
+    return pairs if compiling else pairs._of(positions, cell, system_idx)
 
 
 def _wants_links(positions: Tensor, cell: Tensor) -> bool:
@@ -142,7 +172,6 @@ def _wants_links(positions: Tensor, cell: Tensor) -> bool:
         positions.device.type in _ops.LINKED_DEVICES
         and torch.is_grad_enabled()
         and (positions.requires_grad or cell.requires_grad)
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -179,4 +208,4 @@ def pair_vectors(
         shifts = system_idx = None
     else:
         _validate.atoms_have_systems(cell, system_idx, positions)
-    return PairVectors.call(positions, cell, mapping, shifts, system_idx)
+    return PairVectors.call(positions, cell, mapping, shifts, system_idx, None)
