@@ -54,7 +54,8 @@ SOURCES = {
     "cpu": CPU,
     "cuda": [*CPU, "neighbors_gpu.cpp", "ops_gpu.cpp", "neighbors_nvcc.cu"],  # the .cu includes the kernels
     "hip": [*CPU, "neighbors_gpu.cpp", "ops_gpu.cpp", *KERNELS],
-    "hostgpu": ["ops.cpp", "neighbors_gpu.cpp", "ops_gpu.cpp", *KERNELS],  # the kernels take the CPU backend's place
+    # For the tests: the kernels take the CPU backend's place.
+    "hostgpu": ["ops.cpp", "neighbors_gpu.cpp", "ops_gpu.cpp", *KERNELS],
 }
 TOOLKITS = {
     "cuda": ("a CUDA build of torch and the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),

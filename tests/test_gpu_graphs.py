@@ -1,0 +1,195 @@
+"""What only a GPU can show, graphs: padded lists captured once, replayed with other positions and cells.
+
+Run without pytest-xdist: no other process should use the GPU meanwhile.
+"""
+
+import pytest
+import torch
+from compare import assert_same_bits
+from gpu_waits import waits_of
+from systems import TRICLINIC, cubic, scatter, tensor
+from walks import npt_walk
+
+import diffnl
+
+CUTOFF = 5.0
+CAPACITY = 6_000
+
+
+class Captured:
+    """`step(positions, cell)` of static inputs, in a graph."""
+
+    def __init__(self, step, positions, cell):
+        self.positions, self.cell = positions.clone().requires_grad_(), cell.clone().requires_grad_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step(self.positions, self.cell)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = step(self.positions, self.cell)
+
+    def __call__(self, positions, cell):
+        with torch.no_grad():
+            self.positions.copy_(positions)
+            self.cell.copy_(cell)
+        self.graph.replay()
+        return self.outputs
+
+
+def moved(positions, cell, step):
+    """The system of one step of a walk."""
+    generator = torch.Generator().manual_seed(step)
+    eps = 0.02 * torch.randn(cell.shape, generator=generator, dtype=torch.float64).to(cell)
+    noise = 0.3 * torch.randn(positions.shape, generator=generator, dtype=torch.float64).to(positions)
+    return positions + noise, cell + cell @ eps
+
+
+def energy_of(vectors):
+    """Smooth and 0 at the cutoff, so that padding adds nothing."""
+    x = (vectors.square().sum(-1) / CUTOFF**2).clamp(max=1.0)
+    return (1.0 - x).pow(3).sum()
+
+
+@pytest.fixture(params=["bulk", "tiny_cell"])
+def box(request, gpu, dtype):
+    """One launch files all atoms of these; the walk in `test_a_walk` is a batch."""
+    cell = cubic(11.0) if request.param == "bulk" else [[x / 2 for x in row] for row in TRICLINIC]
+    atoms = 90 if request.param == "bulk" else 4
+    return scatter(atoms, cell, 3).to(gpu, dtype), tensor(cell).to(gpu, dtype)
+
+
+@pytest.mark.parametrize("in_order", [False, True], ids=["unordered", "sorted"])
+@pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
+def test_forward_and_backward(full, in_order, box):
+    """A replay gives the bits of an eager call, gradients included."""
+    layer = diffnl.NeighborList(CUTOFF, full=full, sorted=in_order, capacity=CAPACITY)
+
+    def step(positions, cell):
+        pairs = layer(positions, cell, (True, True, False))
+        return *pairs, *torch.autograd.grad(energy_of(pairs.vectors), (positions, cell))
+
+    captured = Captured(step, *box)
+    for n in range(10):
+        positions, cell = moved(*box, n)
+        ours = captured(positions, cell)
+        theirs = step(positions.requires_grad_(), cell.requires_grad_())
+        assert 0 < int(ours[3]) == int(theirs[3]) <= CAPACITY
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_double_backward(box):
+    layer = diffnl.NeighborList(CUTOFF, capacity=CAPACITY)
+
+    def step(positions, cell):
+        energy = energy_of(layer(positions, cell, True).vectors)
+        first = torch.autograd.grad(energy, (positions, cell), create_graph=True)
+        loss = sum(gradient.square().sum() for gradient in first)
+        return *first, *torch.autograd.grad(loss, (positions, cell))
+
+    captured = Captured(step, *box)
+    for n in range(5):
+        positions, cell = moved(*box, n)
+        ours = captured(positions, cell)
+        for one, other in zip(ours, step(positions.requires_grad_(), cell.requires_grad_()), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_walk(gpu, dtype):
+    """A batch with mixed pbc: replays against fresh lists, step by step."""
+    walk = npt_walk(300, dtype, gpu)
+    positions, cell, pbc, system_idx = next(walk)
+    layer = diffnl.NeighborList(CUTOFF, capacity=CAPACITY)
+    captured = Captured(lambda r, h: layer(r, h, pbc, system_idx), positions, cell)
+    for positions, cell, *_ in walk:
+        padded = captured(positions, cell)
+        fresh = diffnl.neighbor_pairs(positions, cell, pbc, CUTOFF, system_idx)
+        count = int(padded.num_pairs)
+        assert_same_bits((padded.mapping[:, :count], padded.shifts[:count], padded.vectors[:count]), fresh)
+
+
+def test_a_large_system(gpu, dtype):
+    """Many launches file its atoms."""
+    positions, cell = scatter(9_000, cubic(48.0), 5).to(gpu, dtype), tensor(cubic(48.0)).to(gpu, dtype)
+    capacity = diffnl.estimate_capacity(positions, cell, True, CUTOFF)
+    layer = diffnl.NeighborList(CUTOFF, capacity=capacity)
+
+    def step(r, h):
+        pairs = layer(r, h, True)
+        return *pairs, *torch.autograd.grad(energy_of(pairs.vectors), (r, h))
+
+    captured = Captured(step, positions, cell)
+    for n in range(3):
+        r, h = moved(positions, cell, n)
+        ours, theirs = captured(r, h), step(r.requires_grad_(), h.requires_grad_())
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_replay_that_overflows_is_nan_and_the_next_is_not(box):
+    positions, cell = box
+    needed = diffnl.neighbor_pairs(positions, cell, True, CUTOFF).shifts.shape[0]
+    layer = diffnl.NeighborList(CUTOFF, capacity=needed + 50)
+
+    def step(r, h):
+        pairs = layer(r, h, True)
+        return pairs, torch.autograd.grad(energy_of(pairs.vectors), (r, h))
+
+    captured = Captured(step, positions, cell)
+    for bad in ((positions, 0.5 * cell), (positions * torch.nan, cell), (positions, 0.0 * cell)):
+        pairs, gradients = captured(*bad)
+        assert pairs.vectors.isnan().all() and all(gradient.isnan().all() for gradient in gradients)
+        with pytest.raises(ValueError):
+            pairs.check()
+        pairs, gradients = captured(positions, cell)
+        assert int(pairs.check().num_pairs) == needed
+        assert pairs.vectors.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_replays_do_not_allocate(box):
+    layer = diffnl.NeighborList(CUTOFF, capacity=CAPACITY)
+
+    def step(r, h):
+        return torch.autograd.grad(energy_of(layer(r, h, True).vectors), (r, h))
+
+    captured = Captured(step, *box)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(20):
+        captured.graph.replay()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.filterwarnings("ignore")  # what the profiler has to say about itself
+@pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
+def test_an_eager_call_waits_for_nothing(full, box):
+    positions, cell = (t.clone().requires_grad_() for t in box)
+    layer = diffnl.NeighborList(CUTOFF, full=full, capacity=CAPACITY)
+    assert waits_of(lambda: cell.sum().item()) >= 1, "a wait would go unnoticed"
+
+    def step():
+        energy = energy_of(layer(positions, cell, (True, False, True)).vectors)
+        return torch.autograd.grad(energy, (positions, cell))
+
+    assert waits_of(step) == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its matrix products
+def test_compiled_to_graphs(gpu):
+    """mode="reduce-overhead": torch captures what it has compiled."""
+    torch._dynamo.reset()
+    layer = diffnl.NeighborList(CUTOFF, capacity=CAPACITY)
+
+    def energy(r, h):
+        return energy_of(layer(r, h, True).vectors)
+
+    compiled = torch.compile(energy, fullgraph=True, mode="reduce-overhead")
+    positions, cell = scatter(90, cubic(11.0), 3).to(gpu), tensor(cubic(11.0)).to(gpu)
+    for n in range(6):
+        leaves = [t.requires_grad_() for t in moved(positions, cell, n)]
+        ours = torch.autograd.grad(compiled(*leaves), leaves)
+        for one, other in zip(ours, torch.autograd.grad(energy(*leaves), leaves), strict=True):
+            torch.testing.assert_close(one, other)
