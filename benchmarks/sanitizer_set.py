@@ -155,6 +155,32 @@ def check_derivatives(name: str, vectors, inputs: dict, keys: torch.Tensor, syst
     assert_near(f"{name}: second derivative", second, linear_map(tangents, keys, system_idx))
 
 
+def check_padded(label: str, case: Case, device: str, dtype, fresh, full: bool, ordered: bool) -> int:
+    """The list in room for more pairs and for fewer, and its derivatives; the number of lists looked at."""
+    positions, cell, pbc, index = case.on(device, dtype)
+    if cell is None and index is not None:
+        cell = torch.zeros(int(index.max()) + 1, 3, 3, dtype=dtype, device=device)
+    num_pairs = fresh.shifts.shape[0]
+    if num_pairs > 0 and full and fresh.shifts.abs().max() > 31:
+        positions.requires_grad_(False)  # what a GPU cannot link, it does not differentiate
+    else:
+        positions.requires_grad_()
+    for capacity in (num_pairs + 300, num_pairs - 1) if num_pairs > 0 else (300,):
+        layer = diffnl.NeighborList(case.cutoff, full=full, sorted=ordered, capacity=capacity)
+        padded = layer(positions, cell, pbc, index)
+        assert int(padded.num_pairs) == num_pairs, f"{label}: another number of pairs in room for {capacity}"
+        fits = capacity >= num_pairs
+        if fits:
+            parts = padded.mapping[:, :num_pairs], padded.shifts[:num_pairs], padded.vectors[:num_pairs]
+            assert all(map(torch.equal, parts, fresh)), f"{label}: other pairs in room for {capacity}"
+        if positions.requires_grad:
+            g = torch.ones_like(padded.vectors, requires_grad=True)
+            (first,) = torch.autograd.grad(padded.vectors, positions, g, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), g)
+            assert bool(first.isfinite().all()) == fits == bool(second.isfinite().all()), label
+    return 2 if num_pairs > 0 else 1
+
+
 def check(case: Case, dtype: torch.dtype, device: str) -> int:
     """All lists of one case and their derivatives; the number of lists looked at."""
     name = f"{case.name}, {dtype}"
@@ -190,7 +216,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> int:
         same = pairs.vectors.detach().cpu()[some]
         assert torch.equal(again.detach().cpu(), same), f"{label}: pair_vectors gives other bits"
         check_derivatives(f"{label}, given", again, inputs, own_keys[some], index)
-        count += 2
+        count += 2 + check_padded(label, case, device, dtype, pairs, full, ordered)
     return count
 
 
