@@ -245,6 +245,31 @@ __device__ inline T block_reduce(T value, const Combine& combine) {
   return value;
 }
 
+// The sums of each of kCount numbers over the threads of a block, in the same order; number c is there in thread
+// c. Threads from `used` on hold zeros.
+template <int kThreads, int kCount>
+__device__ inline double block_sums(double (&values)[kCount], int used = kThreads) {
+  __shared__ double of_wave[kCount][kThreads / kNarrowestWave];
+  const int thread = static_cast<int>(threadIdx.x), part = thread / kNarrowestWave;
+  // Pairs of parts: waves of 64 stay whole.
+  const int parts =
+      std::min((used + 2 * kNarrowestWave - 1) / (2 * kNarrowestWave) * 2, kThreads / kNarrowestWave);
+  if (part < parts) {
+    DIFFNL_UNROLL(kCount)
+    for (int c = 0; c < kCount; ++c) {
+      for (int mask = 1; mask < kNarrowestWave; mask *= 2) values[c] += lane_xor(values[c], mask, kNarrowestWave);
+      if (thread % kNarrowestWave == 0) of_wave[c][part] = values[c];
+    }
+  }
+  __syncthreads();
+  double sum = 0.0;
+  if (thread < kCount)
+    for (int other = 0; other < parts; ++other)
+      sum = other == 0 ? of_wave[thread][0] : sum + of_wave[thread][other];
+  __syncthreads();
+  return sum;
+}
+
 // ------------------------------------------------------------------------------------------ memory
 
 // Writes the triples of the first `count` lanes of a wave to out[0 .. 3 count). Through shared memory, so that the

@@ -318,6 +318,28 @@ struct FillSink {
   }
 };
 
+// Fills what the pairs leave of a padded list, by all threads of a grid. An empty slot holds the last atom with
+// itself, at the length of the cutoff: rows stay in order, and a smooth envelope makes nothing of such a pair.
+template <typename T>
+__device__ inline void pad_slots(const GpuSearch<T>& s, const GpuPairs<T>& out) {
+  const bool failed = has_failed(s);
+  const int64_t last_atom = s.num_atoms > 0 ? s.num_atoms - 1 : 0;
+  const T length = failed ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(s.cutoff);
+  int64_t p = (failed ? 0 : *s.num_pairs) + int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; p < s.capacity; p += int64_t(gridDim.x) * blockDim.x) {
+    out.mapping[p] = out.mapping[s.capacity + p] = last_atom;
+    for (int k = 0; k < 3; ++k) {
+      out.shifts[3 * p + k] = 0;
+      out.vectors[3 * p + k] = k == 0 ? length : 0 * length;
+    }
+  }
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads) void pad_list(GpuSearch<T> s, GpuPairs<T> out) {
+  pad_slots(s, out);
+}
+
 // Unless `room` is negative, the number of pairs has to be read here, and nothing is written where they exceed it.
 template <typename T>
 __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s, GpuPairs<T> out, int64_t room) {
@@ -325,6 +347,8 @@ __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s
   __shared__ Candidates near;
   __shared__ Rows<T> rows;
   if (room >= 0) {
+    // Vectors that are still to come belong to a list that is still to be sorted.
+    if (s.capacity >= 0 && out.vectors != nullptr) pad_slots(s, out);
     if (has_failed(s)) return;
     const int64_t num_pairs = s.offsets[s.num_atoms];
     if (s.capacity < 0) out.num_pairs = num_pairs;
@@ -336,22 +360,6 @@ __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s
   for (uint32_t u = blockIdx.x; u < num_bins * shares; u += gridDim.x) {
     sink.share = {u % shares, shares};
     traverse_bin(s, s.bins[u / shares], home, near, sink);
-  }
-}
-
-// An empty slot holds the last atom with itself, at the length of the cutoff: rows stay in order, and a smooth
-// envelope makes nothing of such a pair.
-template <typename T>
-__global__ __launch_bounds__(kThreads) void pad_slots(GpuSearch<T> s, GpuPairs<T> out) {
-  const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const bool failed = has_failed(s);
-  if (p >= s.capacity || (!failed && p < *s.num_pairs)) return;
-  const int64_t last_atom = s.num_atoms > 0 ? s.num_atoms - 1 : 0;
-  out.mapping[p] = out.mapping[s.capacity + p] = last_atom;
-  const T length = failed ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(s.cutoff);
-  for (int k = 0; k < 3; ++k) {
-    out.shifts[3 * p + k] = 0;
-    out.vectors[3 * p + k] = k == 0 ? length : 0 * length;
   }
 }
 
@@ -411,14 +419,17 @@ void fill_pairs(const GpuSearch<T>& s, uint32_t num_bins, const GpuPairs<T>& out
 
 template <typename T>
 void fill_pairs_if_they_fit(const GpuSearch<T>& s, int64_t room, const GpuPairs<T>& out, GpuStream stream) {
-  if (s.num_atoms == 0 || room == 0) return;
+  if (s.num_atoms == 0 || room == 0) {
+    if (s.capacity > 0 && out.vectors != nullptr) pad_pairs(s, out, stream);
+    return;
+  }
   DIFFNL_LAUNCH(fill_bins<T>, blocks_for_bins(s), kSearchThreads, stream, s, out, room);
 }
 
 template <typename T>
 void pad_pairs(const GpuSearch<T>& s, const GpuPairs<T>& out, GpuStream stream) {
   if (s.capacity == 0) return;
-  DIFFNL_LAUNCH(pad_slots<T>, blocks_for(s.capacity, kThreads), kThreads, stream, s, out);
+  DIFFNL_LAUNCH(pad_list<T>, blocks_for(s.capacity, kThreads), kThreads, stream, s, out);
 }
 
 template <typename T>

@@ -261,10 +261,10 @@ std::pair<Found, Tensor> padded_search(const Tensor& positions, const Tensor& ce
                                capacity};
     fill_pairs_if_they_fit(s, capacity, unsorted, on.stream());
     sort_rows(s, unsorted, pairs, on.stream());
+    pad_pairs(s, pairs, on.stream());
   } else {
     fill_pairs_if_they_fit(s, capacity, pairs, on.stream());
   }
-  pad_pairs(s, pairs, on.stream());
   return {found, num_pairs};
 }
 

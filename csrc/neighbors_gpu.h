@@ -186,11 +186,12 @@ template <typename T>
 void fill_pairs(const GpuSearch<T>& search, uint32_t num_bins, const GpuPairs<T>& out, GpuStream stream);
 
 // The same before the host knows how many there are: where they exceed `room`, or the search has failed, nothing
-// is written. `num_pairs` of `out` does not matter, unless the list is padded and it is the room.
+// is written. `num_pairs` of `out` does not matter, unless the list is padded and it is the room: then the rest is
+// filled too, if `out` has vectors.
 template <typename T>
 void fill_pairs_if_they_fit(const GpuSearch<T>& search, int64_t room, const GpuPairs<T>& out, GpuStream stream);
 
-// Fills what the pairs leave of a padded list, or all of it where it has failed.
+// Fills what the pairs leave of a padded list, or all of it where it has failed, when its rows have been sorted.
 template <typename T>
 void pad_pairs(const GpuSearch<T>& search, const GpuPairs<T>& out, GpuStream stream);
 

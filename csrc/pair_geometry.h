@@ -115,10 +115,11 @@ DIFFNL_HD inline bool make_search_cell(const T* cell, const bool* pbc, SearchCel
   const double tolerance = sizeof(T) == 4 ? 16.0 * std::numeric_limits<float>::epsilon() : 1e-12;
   if (!(std::abs(det) > tolerance * lengths)) return false;  // also catches NaN from a zero-length normal
   out.condition = lengths / std::abs(det);
+  const double inverse_det = 1.0 / det;  // once: one thread of a GPU does this while all others wait
   for (int c = 0; c < 3; ++c) {
-    out.inverse[3 * c] = bc[c] / det;
-    out.inverse[3 * c + 1] = ca[c] / det;
-    out.inverse[3 * c + 2] = ab[c] / det;
+    out.inverse[3 * c] = bc[c] * inverse_det;
+    out.inverse[3 * c + 1] = ca[c] * inverse_det;
+    out.inverse[3 * c + 2] = ab[c] * inverse_det;
   }
   out.height[0] = std::abs(det) / norm(bc);
   out.height[1] = std::abs(det) / norm(ca);
@@ -175,11 +176,11 @@ struct AxisBins {
 };
 
 // Bins of width w with radius / R <= w, as narrow as whole numbers allow. An axis shorter than that is one
-// bin, and its images do the rest.
-DIFFNL_HD inline AxisBins axis_bins(double length, double radius, bool periodic, int64_t reach) {
+// bin, and its images do the rest. `radii` is the length of the axis in units of the radius.
+DIFFNL_HD inline AxisBins axis_bins(double radii, bool periodic, int64_t reach) {
   constexpr double most_bins = 1 << 20;  // three axes fit one 64-bit key
-  const double fit = std::floor(length * static_cast<double>(reach) / radius);
-  if (!(fit >= 1.0)) return {1, periodic ? static_cast<int64_t>(std::ceil(radius / length)) : 0};
+  const double fit = std::floor(radii * static_cast<double>(reach));
+  if (!(fit >= 1.0)) return {1, periodic ? static_cast<int64_t>(std::ceil(1.0 / radii)) : 0};
   const int64_t bins = static_cast<int64_t>(std::min(fit, most_bins));
   return {bins, periodic ? reach : std::min(reach, bins - 1)};
 }
@@ -199,18 +200,19 @@ struct SearchPrices {
 DIFFNL_HD inline void choose_bins(const double* length, const bool* periodic, double radius, double num_atoms,
                                   const SearchPrices& prices, AxisBins* chosen) {
   double least = std::numeric_limits<double>::infinity();
+  const double radii[3] = {length[0] / radius, length[1] / radius, length[2] / radius};
   for (int64_t reach = 1; reach <= prices.most_reach; ++reach) {
     AxisBins axes[3];
-    double runs = 1.0, candidates = num_atoms, atoms_in_bin = num_atoms;
+    double runs = 1.0, candidates = num_atoms, all_bins = 1.0;
     for (int k = 0; k < 3; ++k) {
-      axes[k] = axis_bins(length[k], radius, periodic[k], reach);
+      axes[k] = axis_bins(radii[k], periodic[k], reach);
       const double bins = static_cast<double>(axes[k].bins),
-                   stencil = 2.0 * static_cast<double>(axes[k].reach) + 1.0;
-      runs *= k < 2 ? stencil : 1.0 + (periodic[k] ? stencil / bins : 0.0);
-      candidates *= periodic[k] ? stencil / bins : std::min(stencil / bins, 1.0);
-      atoms_in_bin /= bins;
+                   stencil = 2.0 * static_cast<double>(axes[k].reach) + 1.0, share = stencil / bins;
+      runs *= k < 2 ? stencil : 1.0 + (periodic[k] ? share : 0.0);
+      candidates *= periodic[k] ? share : std::min(share, 1.0);
+      all_bins *= bins;
     }
-    const double shared_by = std::max(atoms_in_bin, 1.0);
+    const double shared_by = std::max(num_atoms / all_bins, 1.0);
     const double idle = std::max(prices.bins * shared_by / prices.all_atoms, 1.0);
     const double cost = idle * (candidates + (runs * prices.run + candidates * prices.copy) / shared_by);
     if (cost < least) {

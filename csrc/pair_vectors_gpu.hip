@@ -254,6 +254,7 @@ __global__ __launch_bounds__(kThreads) void adjoint_rows(GpuPairList list, Sorte
       out.grad_positions[3 * k + lane] = lane == 0 ? sums.row.x : lane == 1 ? sums.row.y : sums.row.z;
   }
   if (!cell) return;
+  // One by one: nine doubles at once would cost registers, which the rows need.
   DIFFNL_UNROLL(9)
   for (int c = 0; c < 9; ++c) {
     const double sum = block_reduce<kThreads>(static_cast<double>(sums.cell[c]), Plus());
@@ -275,11 +276,8 @@ __global__ __launch_bounds__(kCellThreads) void sum_chunks(GpuPairList list, Row
   double sums[9] = {0, 0, 0, 0, 0, 0, 0, 0, 0};
   for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kCellThreads)
     for (int c = 0; c < 9; ++c) sums[c] += out.partial_cell[9 * (first + chunk) + c];
-  DIFFNL_UNROLL(9)
-  for (int c = 0; c < 9; ++c) {
-    const double sum = block_reduce<kCellThreads>(sums[c], Plus());
-    if (threadIdx.x == 0) out.grad_cell[9 * b + c] = static_cast<T>(sum);
-  }
+  const double sum = block_sums<kCellThreads>(sums, static_cast<int>(std::min<int64_t>(chunks, kCellThreads)));
+  if (threadIdx.x < 9) out.grad_cell[9 * b + threadIdx.x] = static_cast<T>(sum);
 }
 
 __global__ __launch_bounds__(kThreads) void pair_ends(GpuPairList list, int row, int32_t* ends) {
