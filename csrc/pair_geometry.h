@@ -274,9 +274,10 @@ DIFFNL_HD inline Reach make_grid(const SearchCell& cell, const AtomRange& range,
   out.bin_diagonal = 0.0;
   for (int k = 0; k < 3; ++k) {
     out.origin[k] = cell.periodic[k] ? 0.0 : range.q_low[k];
-    out.bins_per_unit[k] = span[k] > 0.0 ? static_cast<double>(out.axis[k].bins) / span[k] : 1.0;
+    const double bins = static_cast<double>(out.axis[k].bins);
+    out.bins_per_unit[k] = cell.periodic[k] ? bins : span[k] > 0.0 ? bins / span[k] : 1.0;
     out.units_per_bin[k] = 1.0 / out.bins_per_unit[k];
-    out.bin_diagonal += norm(cell.h + 3 * k) * out.units_per_bin[k];
+    out.bin_diagonal += (cell.periodic[k] ? cell.length[k] : 1.0) * out.units_per_bin[k];  // open rows are units
   }
   return reach;
 }
