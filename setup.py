@@ -44,6 +44,7 @@ except ImportError as error:
 BACKENDS = ("cpu", "cuda", "hip", "hostgpu")
 KERNELS = [
     "cell_list_gpu.hip",
+    "count_pairs_gpu.hip",
     "neighbors.hip",
     "pair_vectors_gpu.hip",
     "scan_gpu.hip",

@@ -49,17 +49,19 @@ __device__ inline double from_ordered_bits(uint64_t bits) {
   return u.number;
 }
 
-// Looks before it asks: most atoms move no bound.
-__device__ inline void lower_to(uint64_t* bound, double value) {
-  const uint64_t bits = ordered_bits(value);
-  if (bits < *static_cast<volatile uint64_t*>(bound))
-    atomicMin(reinterpret_cast<unsigned long long*>(bound), bits);
+__device__ inline uint64_t look_at(const uint64_t& bound) {
+  return *static_cast<const volatile uint64_t*>(&bound);
 }
 
-__device__ inline void raise_to(uint64_t* bound, double value) {
+// `seen` is what the bound was a moment ago: most atoms move no bound.
+__device__ inline void lower_to(uint64_t* bound, uint64_t seen, double value) {
   const uint64_t bits = ordered_bits(value);
-  if (bits > *static_cast<volatile uint64_t*>(bound))
-    atomicMax(reinterpret_cast<unsigned long long*>(bound), bits);
+  if (bits < seen) atomicMin(reinterpret_cast<unsigned long long*>(bound), bits);
+}
+
+__device__ inline void raise_to(uint64_t* bound, uint64_t seen, double value) {
+  const uint64_t bits = ordered_bits(value);
+  if (bits > seen) atomicMax(reinterpret_cast<unsigned long long*>(bound), bits);
 }
 
 __device__ inline double min_over_wave(double value) {
@@ -110,13 +112,22 @@ __device__ inline uint32_t system_of(const GpuSearch<T>& s, int64_t i) {
 
 // Adds what a thread knows of a system's atoms.
 __device__ inline void widen(GpuSystem& system, const AtomRange& range, uint32_t num_atoms, bool count) {
+  // All looks before the first answer is needed: they take as long as one.
+  uint64_t q_low[3], q_high[3], w_low[3], w_high[3];
   for (int k = 0; k < 3; ++k) {
-    lower_to(&system.q_low[k], range.q_low[k]);
-    raise_to(&system.q_high[k], range.q_high[k]);
-    lower_to(&system.w_low[k], range.w_low[k]);
-    raise_to(&system.w_high[k], range.w_high[k]);
+    q_low[k] = look_at(system.q_low[k]);
+    q_high[k] = look_at(system.q_high[k]);
+    w_low[k] = look_at(system.w_low[k]);
+    w_high[k] = look_at(system.w_high[k]);
   }
-  raise_to(&system.largest, range.largest);
+  const uint64_t largest = look_at(system.largest);
+  for (int k = 0; k < 3; ++k) {
+    lower_to(&system.q_low[k], q_low[k], range.q_low[k]);
+    raise_to(&system.q_high[k], q_high[k], range.q_high[k]);
+    lower_to(&system.w_low[k], w_low[k], range.w_low[k]);
+    raise_to(&system.w_high[k], w_high[k], range.w_high[k]);
+  }
+  raise_to(&system.largest, largest, range.largest);
   if (count) atomicAdd(&system.num_atoms, num_atoms);
 }
 

@@ -1,170 +1,17 @@
-// The search on a GPU: two sinks of the traversal in traverse_gpu.h.
+// The fill of the search on a GPU: the second sink of the traversal in traverse_gpu.h.
 //
-// Count: the bits of one candidate are its own row's pairs with the home bin. Their number is added to its row and
-// kept in `segments`, the word in `hits`, one for each (bin of the stencil, atom). Fill: reads the words, or tests
-// again where there was no room for them; turns the bit matrix, 32 x 32 bits at a time; and waves write its
-// columns as rows of the list.
+// Reads the words that the count has kept, or tests again where there was no room for them; turns the bit matrix,
+// 32 x 32 bits at a time; and waves write its columns as rows of the list.
 //
 // Links (neighbors_gpu.h): the rank of the reverse pair (c, home, -S) in row c is the number of pairs of row c in
 // earlier bins of its stencil, which is an exclusive sum over its segments, plus the number of bits below in its
 // word.
-
-#include <map>
 
 #include "traverse_gpu.h"
 
 namespace diffnl {
 
 namespace {
-
-// The words of a bin are kept where there is room for them and one word holds all its home atoms.
-template <typename T>
-__device__ inline bool keeps_hits(const Home<T>& home) {
-  return home.segment_base >= 0 && home.size <= kHome;
-}
-
-template <typename T>
-struct CountSink {
-  const GpuSearch<T>& s;
-  Home<T>& home;
-  Candidates& near;
-  Share share;
-  unsigned long long found;
-
-  __device__ bool owns(int t) const { return share.owns(t / kSearchThreads); }
-
-  __device__ void begin(int size, int64_t) {
-    for (int t = static_cast<int>(threadIdx.x); t < size; t += kSearchThreads) near.rank[t] = 0;
-  }
-  __device__ void enter(int, uint32_t) {}
-  __device__ void take(int t, int size, uint32_t first_home, int count) {
-    if (t >= size || !owns(t)) return;
-    const uint32_t hits = find_hits(s, home, near, t, first_home, count);
-    near.hits[t] = hits;
-    // Of (home, candidate) and (candidate, home) a half list keeps one.
-    near.rank[t] += __popc(s.full ? hits : hits & ~kept_in_half(home, hits, near, load_candidate(s, near, t)));
-  }
-  __device__ void write(uint32_t, int, int) {}
-  __device__ void end(int size, int64_t n0) {
-    for (int t = static_cast<int>(threadIdx.x); t < size; t += kSearchThreads) {
-      if (!owns(t)) continue;
-      const uint32_t count = near.rank[t];
-      found += count;
-      if (count > 0) atomicAdd(&s.row_counts[s.atoms[near.atom[t]].index], count);
-      if (home.segment_base < 0) continue;
-      const int64_t at = segment_of(home, near, t, n0);
-      if (keeps_hits(home)) s.hits[at] = near.hits[t];
-      // A count that does not fit belongs to a row that no Link can hold.
-      if (s.segments != nullptr) s.segments[at] = static_cast<uint16_t>(count);
-    }
-  }
-  // Stops a count that has already found more pairs than memory could hold: a cutoff given in the wrong unit would
-  // otherwise count for hours before it fails. Only wide stencils and crowded bins can do that.
-  __device__ bool too_many() {
-    if (found > 0) {
-      const unsigned long long before = atomicAdd(&s.state->num_counted, found);
-      if (before + found > static_cast<unsigned long long>(s.most_pairs)) s.state->abandoned = 1;
-      found = 0;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) home.abandoned = *static_cast<volatile unsigned*>(&s.state->abandoned) != 0;
-    __syncthreads();
-    return home.abandoned;
-  }
-};
-
-template <typename T>
-__global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 10) void count_bins(GpuSearch<T> s) {
-  __shared__ Home<T> home;
-  __shared__ Candidates near;
-  if (s.state->fault != 0) return;
-  const uint32_t num_bins = s.state->num_bins, shares = shares_of_bins(num_bins);
-  CountSink<T> sink{s, home, near, {0, 1}, 0};
-  for (uint32_t u = blockIdx.x; u < num_bins * shares; u += gridDim.x) {
-    sink.share = {u % shares, shares};
-    traverse_bin(s, s.bins[u / shares], home, near, sink);
-    if (home.abandoned) return;
-  }
-}
-
-// Turns the segments of atom c into the number of pairs in the segments before.
-template <typename T>
-__device__ inline void sum_segments(const GpuSearch<T>& s, int64_t c) {
-  const GpuSystem& system = s.systems[s.places[c].system];
-  const int64_t stride = system.num_atoms, stencil = system.stencil;
-  uint16_t* segments = s.segments + system.segment_base + (c - system.first_atom);
-  uint32_t before = 0;
-  constexpr int kBatch = 27;  // that are read before the first is written
-  for (int64_t n0 = 0; n0 < stencil; n0 += kBatch) {
-    uint32_t counts[kBatch];
-    DIFFNL_UNROLL(kBatch)
-    for (int n = 0; n < kBatch; ++n) counts[n] = n0 + n < stencil ? segments[(n0 + n) * stride] : 0;
-    DIFFNL_UNROLL(kBatch)
-    for (int n = 0; n < kBatch; ++n) {
-      if (n0 + n < stencil) segments[(n0 + n) * stride] = static_cast<uint16_t>(before);
-      before += counts[n];
-    }
-  }
-}
-
-template <typename T>
-__device__ inline bool is_linkable(const GpuSearch<T>& s) {
-  return s.state->unlinkable == 0 && s.state->longest_row < Link::kLongestRow;
-}
-
-template <typename T>
-__device__ inline Summary summarize(const GpuSearch<T>& s) {
-  Summary out;
-  out.num_pairs = s.num_atoms > 0 ? s.offsets[s.num_atoms] : 0;
-  out.fault = s.state->fault == 0 ? 0 : ~static_cast<uint64_t>(s.state->fault);
-  if (s.state->abandoned != 0 && out.fault == 0) {
-    out.fault = pack_fault(Fault::out_of_memory, 0);
-    out.num_pairs = static_cast<int64_t>(s.state->num_counted);
-  }
-  out.num_bins = s.state->num_bins;
-  out.longest_row = s.state->longest_row;
-  out.linkable = is_linkable(s);
-  return out;
-}
-
-// The first offset of a list that has failed becomes -1, which its backward understands.
-template <typename T>
-__device__ inline void tell_padded_list(const GpuSearch<T>& s, const Summary& summary) {
-  int64_t count = summary.num_pairs;
-  uint64_t fault = summary.fault;
-  if (kind_of_fault(fault) == Fault::out_of_memory) {
-    count = std::max(std::max(count, number_of_fault(fault)), s.capacity + 1);
-    fault = 0;
-  }
-  if (fault == 0 && count <= s.capacity && s.segments != nullptr && summary.linkable == 0)
-    fault = pack_fault(Fault::not_linkable, 0);
-  *s.num_pairs = fault != 0 ? -static_cast<int64_t>(fault) : count;
-  if (has_failed(s))
-    s.offsets[0] = -1;
-  else if (s.num_atoms == 0)
-    s.offsets[0] = 0;
-}
-
-// What is left to do between counting and filling. The first block tells how it went, and if rows are few it is
-// the one that finds where they begin; the others sum the segments, which nobody needs before the fill.
-template <typename T>
-__global__ __launch_bounds__(kThreads) void finish_count(GpuSearch<T> s, bool few_rows) {
-  if (blockIdx.x == 0) {
-    if (few_rows) scan_by_one_block<kThreads>(s.row_counts, s.num_atoms, s.offsets, &s.state->longest_row);
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    const Summary summary = summarize(s);
-    if (s.capacity >= 0) {
-      tell_padded_list(s, summary);
-    } else {
-      *s.summary = summary;
-      __threadfence_system();
-    }
-    return;
-  }
-  const int64_t c = int64_t(blockIdx.x - 1) * kThreads + threadIdx.x;
-  if (c < s.num_atoms && s.state->fault == 0 && s.state->unlinkable == 0) sum_segments(s, c);
-}
 
 // What the fill shares beyond the traversal.
 template <typename T>
@@ -363,52 +210,7 @@ __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s
   }
 }
 
-int current_device() {
-  int device = 0;
-  check_call(hipGetDevice(&device), "hipGetDevice");
-  return device;
-}
-
-int num_multiprocessors() {
-  int count = 0;
-  check_call(hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, current_device()),
-             "hipDeviceGetAttribute");
-  return count;
-}
-
-// Blocks for kernels that take bins in turns, where the host does not know the number of bins: as many as are
-// likely needed, but not more than fill the device.
-template <typename T>
-int64_t blocks_for_bins(const GpuSearch<T>& s) {
-  const int64_t bins = s.likely_bins > 0 ? std::min(s.likely_bins, s.num_atoms) : s.num_atoms;
-  const int64_t shares = s.likely_bins > 0 ? shares_of_bins(static_cast<uint32_t>(bins)) : kMostShares;
-  return std::min<int64_t>(bins * shares, int64_t(num_multiprocessors()) * 32);
-}
-
-// One for each thread and device; never freed.
-hipEvent_t event_of_thread() {
-  static thread_local std::map<int, hipEvent_t> events;
-  hipEvent_t& event = events[current_device()];
-  if (event == nullptr) check_call(hipEventCreateWithFlags(&event, hipEventDisableTiming), "hipEventCreate");
-  return event;
-}
-
 }  // namespace
-
-template <typename T>
-void count_pairs(const GpuSearch<T>& s, GpuStream stream) {
-  const bool few_rows = s.num_atoms <= kFewCounts;
-  if (s.num_atoms > 0) DIFFNL_LAUNCH(count_bins<T>, blocks_for_bins(s), kSearchThreads, stream, s);
-  if (!few_rows) scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, &s.state->longest_row, stream);
-  const int64_t blocks = s.segments == nullptr ? 1 : 1 + blocks_for(s.num_atoms, kThreads);
-  DIFFNL_LAUNCH(finish_count<T>, blocks, kThreads, stream, s, few_rows);
-}
-
-void mark_end_of_count(GpuStream stream) {
-  check_call(hipEventRecord(event_of_thread(), static_cast<hipStream_t>(stream)), "hipEventRecord");
-}
-
-void wait_for_summary() { check_call(hipEventSynchronize(event_of_thread()), "the search"); }
 
 template <typename T>
 void fill_pairs(const GpuSearch<T>& s, uint32_t num_bins, const GpuPairs<T>& out, GpuStream stream) {
@@ -432,46 +234,10 @@ void pad_pairs(const GpuSearch<T>& s, const GpuPairs<T>& out, GpuStream stream) 
   DIFFNL_LAUNCH(pad_list<T>, blocks_for(s.capacity, kThreads), kThreads, stream, s, out);
 }
 
-template <typename T>
-int64_t pairs_in_device_memory() {
-  static thread_local int known_device = -1;
-  static thread_local size_t total = 0;
-  const int device = current_device();
-  if (device != known_device) {
-    size_t free = 0;
-    check_call(hipMemGetInfo(&free, &total), "hipMemGetInfo");
-    known_device = device;
-  }
-  return static_cast<int64_t>(total / (28 + 3 * sizeof(T)));
-}
-
-int64_t read_from_device(const int64_t* at, GpuStream stream) {
-  int64_t value = 0;
-  const hipStream_t on = static_cast<hipStream_t>(stream);
-  check_call(hipMemcpyAsync(&value, at, sizeof value, hipMemcpyDeviceToHost, on), "hipMemcpyAsync");
-  check_call(hipStreamSynchronize(on), "hipStreamSynchronize");
-  return value;
-}
-
-void set_on_device(void* memory, int byte, int64_t bytes, GpuStream stream) {
-  const hipStream_t on = static_cast<hipStream_t>(stream);
-  check_call(hipMemsetAsync(memory, byte, static_cast<size_t>(bytes), on), "hipMemsetAsync");
-}
-
-Summary* summary_of_thread() {
-  static thread_local void* memory = nullptr;
-  if (memory == nullptr)
-    check_call(hipHostMalloc(&memory, sizeof(Summary), hipHostMallocPortable | hipHostMallocMapped),
-               "hipHostMalloc");
-  return static_cast<Summary*>(memory);
-}
-
 #define DIFFNL_INSTANTIATE(T)                                                                        \
-  template void count_pairs(const GpuSearch<T>&, GpuStream);                                         \
   template void fill_pairs(const GpuSearch<T>&, uint32_t, const GpuPairs<T>&, GpuStream);            \
   template void fill_pairs_if_they_fit(const GpuSearch<T>&, int64_t, const GpuPairs<T>&, GpuStream); \
-  template void pad_pairs(const GpuSearch<T>&, const GpuPairs<T>&, GpuStream);                       \
-  template int64_t pairs_in_device_memory<T>();
+  template void pad_pairs(const GpuSearch<T>&, const GpuPairs<T>&, GpuStream);
 DIFFNL_INSTANTIATE(float)
 DIFFNL_INSTANTIATE(double)
 #undef DIFFNL_INSTANTIATE

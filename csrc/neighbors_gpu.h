@@ -134,7 +134,7 @@ struct GpuSearch {
   Bin* bins;                 // (N,) the occupied ones
   uint32_t* row_counts;      // (N,) by the caller's number
   uint32_t* placed;          // (N,) by sorted number: how much of the row is written
-  uint32_t* hits;            // (stencil, n) for each system: see neighbors.hip
+  uint32_t* hits;            // (stencil, n) for each system: see count_pairs_gpu.hip
   uint16_t* segments;        // likewise, or null without links
   uint64_t* partial_sums;    // of the scans
   int64_t* offsets;          // (N + 1,) row i is pairs offsets[i] .. offsets[i + 1]
@@ -173,7 +173,8 @@ DIFFNL_HD inline bool has_failed(const GpuSearch<T>& s) {
   return s.capacity >= 0 && static_cast<uint64_t>(*s.num_pairs) > static_cast<uint64_t>(s.capacity);
 }
 
-// Counts all pairs and tells the host, or whoever reads the `num_pairs` of a padded list (neighbors.hip).
+// Counts all pairs and tells the host, or whoever reads the `num_pairs` of a padded list
+// (count_pairs_gpu.hip).
 template <typename T>
 void count_pairs(const GpuSearch<T>& search, GpuStream stream);
 

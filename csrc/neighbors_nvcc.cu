@@ -3,6 +3,7 @@
 #define DIFFNL_CUDA  // for gpu.h: hipify would turn a test of nvcc's own macro into one of HIP's
 
 #include "cell_list_gpu.hip"
+#include "count_pairs_gpu.hip"
 #include "neighbors.hip"
 #include "pair_vectors_gpu.hip"
 #include "scan_gpu.hip"

@@ -340,6 +340,39 @@ __device__ inline void traverse_bin(const GpuSearch<T>& s, Bin bin, Home<T>& hom
   }
 }
 
+// The words of a bin are kept where there is room for them and one word holds all its home atoms.
+template <typename T>
+__device__ inline bool keeps_hits(const Home<T>& home) {
+  return home.segment_base >= 0 && home.size <= kHome;
+}
+
+template <typename T>
+__device__ inline bool is_linkable(const GpuSearch<T>& s) {
+  return s.state->unlinkable == 0 && s.state->longest_row < Link::kLongestRow;
+}
+
+inline int current_device() {
+  int device = 0;
+  check_call(hipGetDevice(&device), "hipGetDevice");
+  return device;
+}
+
+inline int num_multiprocessors() {
+  int count = 0;
+  check_call(hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, current_device()),
+             "hipDeviceGetAttribute");
+  return count;
+}
+
+// Blocks for kernels that take bins in turns, where the host does not know the number of bins: as many as are
+// likely needed, but not more than fill the device.
+template <typename T>
+int64_t blocks_for_bins(const GpuSearch<T>& s) {
+  const int64_t bins = s.likely_bins > 0 ? std::min(s.likely_bins, s.num_atoms) : s.num_atoms;
+  const int64_t shares = s.likely_bins > 0 ? shares_of_bins(static_cast<uint32_t>(bins)) : kMostShares;
+  return std::min<int64_t>(bins * shares, int64_t(num_multiprocessors()) * 32);
+}
+
 }  // namespace
 
 }  // namespace diffnl
