@@ -246,10 +246,12 @@ __device__ inline void make_all_grids(const GpuSearch<T>& s) {
         system->stencil = stencil < 9e18 ? static_cast<int64_t>(stencil) : INT64_MAX;
       }
     }
-    Wide total_slots, total_segments, total_atoms;
-    const Wide slot = slots_before + block_exclusive_sum<kBlock>(num_slots, total_slots);
-    const Wide segment = segments_before + block_exclusive_sum<kBlock>(segments, total_segments);
-    const Wide atom = atoms_before + block_exclusive_sum<kBlock>(num_atoms, total_atoms);
+    Wide slot = 0, segment = 0, atom = 0, total_slots = 0, total_segments = 0, total_atoms = 0;
+    if (s.num_systems > 1) {
+      slot = slots_before + block_exclusive_sum<kBlock>(num_slots, total_slots);
+      segment = segments_before + block_exclusive_sum<kBlock>(segments, total_segments);
+      atom = atoms_before + block_exclusive_sum<kBlock>(num_atoms, total_atoms);
+    }
     if (system != nullptr) {
       const bool fits = segments > 0 && segment + segments <= static_cast<Wide>(s.segment_capacity);
       linkable = linkable && (fits || num_atoms == 0);

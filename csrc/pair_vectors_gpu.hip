@@ -201,13 +201,6 @@ __device__ inline void sum_sorted_row(const GpuPairList& list, const SortedEnds&
     sums.add(load_triple(grad + 3 * ends.j_pair[n]));
 }
 
-struct Plus {
-  template <typename V>
-  __device__ V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-
 template <typename T, bool kLinked>
 __global__ __launch_bounds__(kThreads) void adjoint_rows(GpuPairList list, SortedEnds ends, RowOrder order,
                                                          const T* grad, AdjointOutput<T> out) {
@@ -254,11 +247,13 @@ __global__ __launch_bounds__(kThreads) void adjoint_rows(GpuPairList list, Sorte
       out.grad_positions[3 * k + lane] = lane == 0 ? sums.row.x : lane == 1 ? sums.row.y : sums.row.z;
   }
   if (!cell) return;
-  // One by one: nine doubles at once would cost registers, which the rows need.
-  DIFFNL_UNROLL(9)
-  for (int c = 0; c < 9; ++c) {
-    const double sum = block_reduce<kThreads>(static_cast<double>(sums.cell[c]), Plus());
-    if (threadIdx.x == 0) out.partial_cell[9 * chunk + c] = sum;
+  // Three by three: nine doubles at once would cost registers, which the rows need.
+  DIFFNL_UNROLL(3)
+  for (int k = 0; k < 3; ++k) {
+    double values[3] = {static_cast<double>(sums.cell[3 * k]), static_cast<double>(sums.cell[3 * k + 1]),
+                        static_cast<double>(sums.cell[3 * k + 2])};
+    const double sum = block_sums<kThreads>(values);
+    if (threadIdx.x < 3) out.partial_cell[9 * chunk + 3 * k + threadIdx.x] = sum;
   }
 }
 
