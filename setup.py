@@ -50,7 +50,15 @@ KERNELS = [
     "scan_gpu.hip",
     "sorted_rows_gpu.hip",
 ]
-CPU = ["ops.cpp", "ops_cpu.cpp", "cell_list.cpp", "tile.cpp", "neighbors_cpu.cpp", "pair_vectors_cpu.cpp"]
+CPU = [
+    "ops.cpp",
+    "ops_cpu.cpp",
+    "candidates_cpu.cpp",
+    "cell_list.cpp",
+    "tile.cpp",
+    "neighbors_cpu.cpp",
+    "pair_vectors_cpu.cpp",
+]
 SOURCES = {
     "cpu": CPU,
     "cuda": [*CPU, "neighbors_gpu.cpp", "ops_gpu.cpp", "neighbors_nvcc.cu"],  # the .cu includes the kernels

@@ -51,6 +51,22 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
   m.def(
       "linked_adjoint(Tensor grad, Tensor links, Tensor rows, SymInt num_atoms, SymInt num_systems, "
       "bool need_positions=True, bool need_cell=True) -> (Tensor grad_positions, Tensor grad_cell)");
+  // Candidates (candidates_cpu.h), of a sorted list: on the CPU.
+  m.def(
+      "compact_candidates(Tensor mapping, Tensor shifts, Tensor? system_idx, SymInt num_atoms, SymInt "
+      "num_systems) "
+      "-> (Tensor offsets, Tensor j, Tensor image, Tensor uniform, Tensor images)");
+  m.def(
+      "candidates_hold(Tensor old_positions, Tensor old_cell, Tensor positions, Tensor cell, Tensor pbc, "
+      "Tensor? system_idx, float cutoff, float radius) -> bool");
+  // With a capacity, a padded list.
+  m.def(
+      "select_candidates(Tensor positions, Tensor cell, Tensor offsets, Tensor j, Tensor image, Tensor uniform, "
+      "Tensor images, float cutoff, int? capacity=None) "
+      "-> (Tensor mapping, Tensor shifts, Tensor vectors, Tensor num_pairs)");
+  m.def(
+      "closer_pairs(Tensor mapping, Tensor shifts, Tensor vectors, float cutoff) "
+      "-> (Tensor mapping, Tensor shifts, Tensor vectors)");
   m.def("build_info() -> str");
 }
 

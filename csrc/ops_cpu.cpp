@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <limits>
 
+#include "candidates_cpu.h"
 #include "large_pages.h"
 #include "neighbors_cpu.h"
 #include "tensors.h"
@@ -73,21 +74,6 @@ auto with_search_input(const Tensor& positions, const Tensor& cell, const Tensor
   return dtype == ScalarType::Float ? run(input(0.0f)) : run(input(0.0));
 }
 
-std::tuple<Tensor, Tensor, Tensor> neighbor_pairs(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
-                                                  const std::optional<Tensor>& system_idx, double cutoff,
-                                                  bool full, bool sorted) {
-  const auto search = [&]<typename T>(const SearchInput<T>& in) -> std::tuple<Tensor, Tensor, Tensor> {
-    std::optional<Outputs> found;
-    search_cpu<T>(in, [&](int64_t num_pairs) {
-      check_memory(num_pairs, bytes_of<T>(num_pairs));
-      found.emplace(positions, num_pairs);
-      return found->pointers<T>();
-    });
-    return {found->mapping, found->shifts, found->vectors};
-  };
-  return with_search_input(positions, cell, pbc, system_idx, cutoff, full, sorted, search);
-}
-
 // Slots first .. capacity of a padded list: the last atom with itself, at the length of the cutoff. Rows stay in
 // order, and a smooth envelope makes nothing of such a pair.
 template <typename T>
@@ -101,34 +87,63 @@ void pad(const PairOutput<T>& out, int64_t first, int64_t last_atom, T length) {
   }
 }
 
+// A padded list and the number of its pairs, of `find(allocate)`, which calls allocate(P) where a list begins.
+template <typename T, typename Find>
+std::tuple<Tensor, Tensor, Tensor, Tensor> padded_list(const Tensor& positions, double cutoff, int64_t capacity,
+                                                       const Find& find) {
+  struct Overflow {};
+  check_capacity(capacity);
+  check_memory(capacity, bytes_of<T>(capacity));
+  const Tensor count = empty(positions, {}, ScalarType::Long);
+  const Outputs found(positions, capacity);
+  const PairOutput<T> out = found.pointers<T>();
+  int64_t& num_pairs = *mutable_data<int64_t>(count);
+  const int64_t last_atom = std::max<int64_t>(positions.size(0) - 1, 0);
+  try {
+    find([&](int64_t needed) {
+      num_pairs = needed;
+      if (needed > capacity) throw Overflow();
+      return out;
+    });
+    pad(out, num_pairs, last_atom, static_cast<T>(cutoff));
+  } catch (const Overflow&) {
+    pad(out, 0, last_atom, std::numeric_limits<T>::quiet_NaN());
+  } catch (const DataError& error) {
+    num_pairs = error.padded_count(capacity);
+    pad(out, 0, last_atom, std::numeric_limits<T>::quiet_NaN());
+  }
+  return {found.mapping, found.shifts, found.vectors, count};
+}
+
+// A list of as many pairs as `find(allocate)` finds.
+template <typename T, typename Find>
+Outputs exact_list(const Tensor& positions, const Find& find) {
+  std::optional<Outputs> found;
+  find([&](int64_t num_pairs) {
+    check_memory(num_pairs, bytes_of<T>(num_pairs));
+    found.emplace(positions, num_pairs);
+    return found->pointers<T>();
+  });
+  return *found;
+}
+
+std::tuple<Tensor, Tensor, Tensor> neighbor_pairs(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
+                                                  const std::optional<Tensor>& system_idx, double cutoff,
+                                                  bool full, bool sorted) {
+  const auto search = [&]<typename T>(const SearchInput<T>& in) -> std::tuple<Tensor, Tensor, Tensor> {
+    const Outputs found = exact_list<T>(positions, [&](const auto& allocate) { search_cpu<T>(in, allocate); });
+    return {found.mapping, found.shifts, found.vectors};
+  };
+  return with_search_input(positions, cell, pbc, system_idx, cutoff, full, sorted, search);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> padded_neighbor_pairs(const Tensor& positions, const Tensor& cell,
                                                                  const Tensor& pbc,
                                                                  const std::optional<Tensor>& system_idx,
                                                                  double cutoff, int64_t capacity, bool full,
                                                                  bool sorted) {
-  check_capacity(capacity);
-  const Tensor count = empty(positions, {}, ScalarType::Long);
-  const auto search = [&]<typename T>(const SearchInput<T>& in) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
-    check_memory(capacity, bytes_of<T>(capacity));
-    const Outputs found(positions, capacity);
-    const PairOutput<T> out = found.pointers<T>();
-    struct Overflow {};
-    int64_t& num_pairs = *mutable_data<int64_t>(count);
-    const int64_t last_atom = std::max<int64_t>(in.num_atoms - 1, 0);
-    try {
-      search_cpu<T>(in, [&](int64_t needed) {
-        num_pairs = needed;
-        if (needed > capacity) throw Overflow();
-        return out;
-      });
-      pad(out, num_pairs, last_atom, static_cast<T>(in.cutoff));
-    } catch (const Overflow&) {
-      pad(out, 0, last_atom, std::numeric_limits<T>::quiet_NaN());
-    } catch (const DataError& error) {
-      num_pairs = error.padded_count(capacity);
-      pad(out, 0, last_atom, std::numeric_limits<T>::quiet_NaN());
-    }
-    return {found.mapping, found.shifts, found.vectors, count};
+  const auto search = [&]<typename T>(const SearchInput<T>& in) {
+    return padded_list<T>(positions, cutoff, capacity, [&](const auto& allocate) { search_cpu<T>(in, allocate); });
   };
   return with_search_input(positions, cell, pbc, system_idx, cutoff, full, sorted, search);
 }
@@ -192,6 +207,95 @@ std::tuple<Tensor, Tensor> pair_vectors_adjoint(const Tensor& grad, const Tensor
   return {grad_positions, grad_cell};
 }
 
+// ------------------------------------------------------------------------------------- candidates
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_candidates(const Tensor& mapping, const Tensor& shifts,
+                                                                      const std::optional<Tensor>& system_idx,
+                                                                      int64_t num_atoms, int64_t num_systems) {
+  const HeldList held(mapping, shifts, system_idx, num_atoms, num_systems, true);
+  require(num_atoms < (int64_t(1) << 31), "`positions` must hold fewer than 2**31 atoms");
+  const int64_t count = held.capacity();
+  const Tensor offsets = empty(mapping, {num_atoms + 1}, ScalarType::Long);
+  const Tensor j = empty_on_large_pages(mapping, {count}, ScalarType::Int);
+  const Tensor image = empty_on_large_pages(mapping, {count}, ScalarType::Int);
+  const Tensor uniform = empty(mapping, {num_atoms}, ScalarType::Int);
+  const CompactList out{mutable_data<int64_t>(offsets), mutable_data<int32_t>(j), mutable_data<int32_t>(image),
+                        mutable_data<int32_t>(uniform)};
+  std::vector<int32_t> found;
+  compact(list_of(held, count, num_atoms, num_systems), out, found);
+  const Tensor images = empty(mapping, {static_cast<int64_t>(found.size()) / 4, 4}, ScalarType::Int);
+  std::copy(found.begin(), found.end(), mutable_data<int32_t>(images));
+  return {offsets, j, image, uniform, images};
+}
+
+bool candidates_hold(const Tensor& old_positions, const Tensor& old_cell, const Tensor& positions,
+                     const Tensor& cell, const Tensor& pbc, const std::optional<Tensor>& system_idx, double cutoff,
+                     double radius) {
+  check_search(positions, cell, pbc);
+  check_shape(old_positions, "old_positions", {positions.size(0), 3});
+  check_dtype(old_positions, "old_positions", positions.scalar_type());
+  check_cell(old_cell, positions.scalar_type());
+  require(num_systems_of(old_cell) == num_systems_of(cell), "`old_cell` must have the shape of `cell`");
+  const Tensor r0 = packed(old_positions), h0 = packed(old_cell), r = packed(positions), h = packed(cell);
+  const Tensor flags = packed(pbc);
+  const std::optional<Tensor> systems = packed(system_idx);
+  bool holds = false;
+  by_dtype(r, [&](auto zero) {
+    using T = decltype(zero);
+    holds =
+        still_hold<T>({data<T>(r0), data<T>(r), data<T>(h0), data<T>(h), data<bool>(flags),
+                       flags.dim() == 1 ? 0 : 3, system_data(systems, r.size(0)), r.size(0), num_systems_of(h)},
+                      cutoff, radius);
+  });
+  return holds;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_candidates(const Tensor& positions, const Tensor& cell,
+                                                             const Tensor& offsets, const Tensor& j,
+                                                             const Tensor& image, const Tensor& uniform,
+                                                             const Tensor& images, double cutoff,
+                                                             std::optional<int64_t> capacity) {
+  check_vectors(positions, cell);
+  const Tensor r = packed(positions), h = packed(cell);
+  check_shape(offsets, "offsets", {r.size(0) + 1});
+  check_shape(uniform, "uniform", {r.size(0)});
+  check_shape(image, "image", {j.size(0)});
+  check_shape(images, "images", {-1, 4});
+  const Candidates candidates{data<int64_t>(offsets), data<int32_t>(j),      data<int32_t>(image),
+                              data<int32_t>(uniform), data<int32_t>(images), r.size(0),
+                              images.size(0)};
+  std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> found;
+  by_dtype(r, [&](auto zero) {
+    using T = decltype(zero);
+    const auto select = [&](const auto& allocate) {
+      select_cpu<T>(candidates, data<T>(r), data<T>(h), cutoff, allocate);
+    };
+    if (capacity.has_value()) {
+      found = padded_list<T>(r, cutoff, *capacity, select);
+    } else {
+      const Outputs list = exact_list<T>(r, select);
+      const Tensor count = empty(r, {}, ScalarType::Long);
+      *mutable_data<int64_t>(count) = list.shifts.size(0);
+      found = {list.mapping, list.shifts, list.vectors, count};
+    }
+  });
+  return *found;
+}
+
+std::tuple<Tensor, Tensor, Tensor> closer_pairs(const Tensor& mapping, const Tensor& shifts, const Tensor& vectors,
+                                                double cutoff) {
+  const HeldList held(mapping, shifts, std::nullopt, 0, 1, true);
+  check_shape(vectors, "vectors", {held.capacity(), 3});
+  const Tensor v = packed(vectors);
+  std::optional<Outputs> found;
+  by_dtype(v, [&](auto zero) {
+    using T = decltype(zero);
+    const PairList list = list_of(held, held.capacity(), 0, 1);
+    found = exact_list<T>(v, [&](const auto& allocate) { closer_cpu<T>(list, data<T>(v), cutoff, allocate); });
+  });
+  return {found->mapping, found->shifts, found->vectors};
+}
+
 }  // namespace
 
 }  // namespace diffnl
@@ -199,6 +303,10 @@ std::tuple<Tensor, Tensor> pair_vectors_adjoint(const Tensor& grad, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(diffnl, CPU, m) {
   m.impl("neighbor_pairs", TORCH_BOX(&diffnl::neighbor_pairs));
   m.impl("padded_neighbor_pairs", TORCH_BOX(&diffnl::padded_neighbor_pairs));
+  m.impl("compact_candidates", TORCH_BOX(&diffnl::compact_candidates));
+  m.impl("candidates_hold", TORCH_BOX(&diffnl::candidates_hold));
+  m.impl("select_candidates", TORCH_BOX(&diffnl::select_candidates));
+  m.impl("closer_pairs", TORCH_BOX(&diffnl::closer_pairs));
   m.impl("pair_vectors", TORCH_BOX(&diffnl::pair_vectors));
   m.impl("pair_vectors_adjoint", TORCH_BOX(&diffnl::pair_vectors_adjoint));
 }

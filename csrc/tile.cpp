@@ -77,6 +77,36 @@ DIFFNL_INLINE void gap_loop(const T* __restrict x, const T* __restrict y, const 
   }
 }
 
+template <typename T>
+DIFFNL_INLINE Vec3<T> translation_of(const RowSource<T>& source, int32_t image) {
+  return {source.tx[image], source.ty[image], source.tz[image]};
+}
+
+template <typename T>
+DIFFNL_INLINE Vec3<T> position_of(const RowSource<T>& source, int32_t j) {
+  return {source.x[j], source.y[j], source.z[j]};
+}
+
+template <typename T>
+DIFFNL_INLINE void measure_candidates_loop(const RowSource<T>& source, const CandidateRow<T>& row,
+                                           T* __restrict d2) {
+  if (row.uniform >= 0) {
+    const Vec3<T> t = translation_of(source, row.uniform);
+    for (int c = 0; c < row.size; ++c)
+      d2[c] = squared_length(pair_vector<T>(row.ri, position_of(source, row.j[c]), t));
+  } else {
+    for (int c = 0; c < row.size; ++c)
+      d2[c] = squared_length(
+          pair_vector<T>(row.ri, position_of(source, row.j[c]), translation_of(source, row.image[c])));
+  }
+}
+
+template <typename T>
+DIFFNL_INLINE void measure_vectors_loop(const T* __restrict vectors, int size, T* __restrict d2) {
+  for (int c = 0; c < size; ++c)
+    d2[c] = squared_length<T>({vectors[3 * c], vectors[3 * c + 1], vectors[3 * c + 2]});
+}
+
 // Selection: a branch for each entry would be mispredicted too often, so entries are compared several at a time
 // and the numbers of those that pass are moved together in a register.
 template <typename T>
@@ -186,6 +216,22 @@ DIFFNL_VECTOR_CLONES void write_row(const Tile<float>& tile, Vec3<float> ri, con
 DIFFNL_VECTOR_CLONES void write_row(const Tile<double>& tile, Vec3<double> ri, const int32_t* chosen, int count,
                                     int64_t* mapping_j, int32_t* shifts, double* vectors) {
   write_loop(tile, ri, chosen, count, mapping_j, shifts, vectors);
+}
+
+DIFFNL_VECTOR_CLONES void measure_candidates(const RowSource<float>& source, const CandidateRow<float>& row,
+                                             float* d2) {
+  measure_candidates_loop(source, row, d2);
+}
+DIFFNL_VECTOR_CLONES void measure_candidates(const RowSource<double>& source, const CandidateRow<double>& row,
+                                             double* d2) {
+  measure_candidates_loop(source, row, d2);
+}
+
+DIFFNL_VECTOR_CLONES void measure_vectors(const float* vectors, int size, float* d2) {
+  measure_vectors_loop(vectors, size, d2);
+}
+DIFFNL_VECTOR_CLONES void measure_vectors(const double* vectors, int size, double* d2) {
+  measure_vectors_loop(vectors, size, d2);
 }
 
 DIFFNL_VECTOR_CLONES void measure_gaps4(const float* x, const float* y, const float* z, int size,

@@ -60,6 +60,29 @@ void write_row(const Tile<float>& tile, Vec3<float> ri, const int32_t* chosen, i
 void write_row(const Tile<double>& tile, Vec3<double> ri, const int32_t* chosen, int count, int64_t* mapping_j,
                int32_t* shifts, double* vectors);
 
+// Positions of all atoms and translations of all images, by component.
+template <typename T>
+struct RowSource {
+  const T *x, *y, *z, *tx, *ty, *tz;
+};
+
+// Candidates for pairs of one atom (candidates_cpu.h).
+template <typename T>
+struct CandidateRow {
+  Vec3<T> ri;
+  const int32_t *j, *image;
+  int32_t uniform;  // the image that all of them share, or -1
+  int size;
+};
+
+// d2 of all candidates of a row.
+void measure_candidates(const RowSource<float>& source, const CandidateRow<float>& row, float* d2);
+void measure_candidates(const RowSource<double>& source, const CandidateRow<double>& row, double* d2);
+
+// d2 of vectors (size, 3).
+void measure_vectors(const float* vectors, int size, float* d2);
+void measure_vectors(const double* vectors, int size, double* d2);
+
 // Four times the squared distances of points (x, y, z) + image to a box; 0 inside.
 void measure_gaps4(const float* x, const float* y, const float* z, int size, Vec3<float> image,
                    const Box<float>& box, float* gaps4);

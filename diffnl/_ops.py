@@ -62,6 +62,64 @@ def neighbor_pairs(
         raise
 
 
+def closer_pairs(
+    mapping: Tensor, shifts: Tensor, vectors: Tensor, cutoff: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those pairs of a list (2, P), (P, 3), (P, 3) whose vectors are shorter than the cutoff, in order."""
+    if HAS_CANDIDATES and vectors.device.type == "cpu":
+        return torch.ops.diffnl.closer_pairs.default(mapping, shifts, vectors, cutoff)
+    # One rounding an operation, as in the search.
+    x, y, z = vectors.square().unbind(1)
+    limit = torch.tensor(cutoff * cutoff, dtype=vectors.dtype)
+    (chosen,) = torch.nonzero((x + y) + z < limit, as_tuple=True)
+    return mapping[:, chosen], shifts[chosen], vectors[chosen]
+
+
+# Whether the CPU backend is there, which alone keeps candidates.
+HAS_CANDIDATES = "cpu" in build_info()["backends"]
+
+
+def compact_candidates(
+    mapping: Tensor, shifts: Tensor, system_idx: Tensor | None, num_atoms: int, num_systems: int
+) -> tuple[Tensor, ...]:
+    """A list in ascending order of i -> what `select_candidates` takes: offsets (N + 1,) of its rows, j (P,),
+    image (P,), uniform (N,) and images (K, 4)."""
+    return torch.ops.diffnl.compact_candidates.default(mapping, shifts, system_idx, num_atoms, num_systems)
+
+
+def candidates_hold(
+    old_positions: Tensor,
+    old_cell: Tensor,
+    positions: Tensor,
+    cell: Tensor,
+    pbc: Tensor,
+    system_idx: Tensor | None,
+    cutoff: float,
+    radius: float,
+) -> bool:
+    """Whether the pairs to `radius` of old positions and cell hold all pairs to `cutoff` of the new ones."""
+    return torch.ops.diffnl.candidates_hold.default(
+        old_positions, old_cell, positions, cell, pbc, system_idx, cutoff, radius
+    )
+
+
+def select_candidates(
+    positions: Tensor,
+    cell: Tensor,
+    offsets: Tensor,
+    j: Tensor,
+    image: Tensor,
+    uniform: Tensor,
+    images: Tensor,
+    cutoff: float,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The candidates within the cutoff: mapping, shifts, vectors, num_pairs; padded with a capacity."""
+    return torch.ops.diffnl.select_candidates.default(
+        positions, cell, offsets, j, image, uniform, images, cutoff, capacity
+    )
+
+
 # Where the backward of a full list takes links, 8 bytes a pair, instead of mapping and shifts.
 LINKED_DEVICES = {"cuda"} if {"cuda", "hip"} & set(build_info()["backends"]) else set()
 if "hostgpu" in build_info()["backends"]:

@@ -39,6 +39,31 @@ def cutoff(value: float) -> float:
     return number
 
 
+def cutoffs(value: float | Sequence[float]) -> float | tuple[float, ...]:
+    """A cutoff, or several in a sequence that is not empty."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return cutoff(value)
+    if len(value) == 0:
+        raise ValueError("`cutoff` must be a number or several; got an empty sequence")
+    return tuple(cutoff(one) for one in value)
+
+
+def skin(value: float) -> float:
+    """A finite length >= 0, as a Python float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`skin` must be a number; got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"`skin` must be finite and >= 0; got {value}")
+    return float(value)
+
+
+def one_list(cutoff: float | tuple, capacity: int | None) -> None:
+    if isinstance(cutoff, tuple) and capacity is not None:
+        raise ValueError(
+            f"`capacity` must be None where there are several cutoffs; got {capacity} for {len(cutoff)}"
+        )
+
+
 def capacity(value: int | None) -> int | None:
     """An integer >= 0, or None."""
     if value is None:

@@ -23,7 +23,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from . import _ops, _validate
 
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 class _Operator(Function):
@@ -32,7 +32,7 @@ class _Operator(Function):
 
     @classmethod
     def call(cls, *args):
-        if _transforms_active() or torch.compiler.is_compiling():
+        if transforms_active() or torch.compiler.is_compiling():
             return cls.apply(*args)
         return super(Function, cls).apply(*unwrap_dead_wrappers(args))
 
@@ -207,6 +207,32 @@ class LinkedPaddedSearch(Search):
         _set_up_search(ctx, inputs, output, links, rows, inputs[3], None)
 
 
+class Selection(Search):
+    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ..., candidates -> mapping (2, P), shifts (P, 3), vectors
+    (P, 3), num_pairs (); with a capacity, a padded list."""
+
+    @staticmethod
+    def forward(positions, cell, pbc, system_idx, offsets, j, image, uniform, images, cutoff, capacity):
+        compact = offsets, j, image, uniform, images
+        return _ops.select_candidates(positions, cell, *compact, cutoff, capacity)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        mapping, shifts, _, num_pairs = output
+        capacity = inputs[-1]
+        _set_up_search(
+            ctx, inputs, output, mapping, shifts, inputs[3], None if capacity is None else num_pairs
+        )
+
+
+class Closer(Search):
+    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ..., a list -> those of its pairs within a cutoff."""
+
+    @staticmethod
+    def forward(positions, cell, pbc, system_idx, mapping, shifts, vectors, cutoff):
+        return _ops.closer_pairs(mapping, shifts, vectors, cutoff)
+
+
 def _set_up_search(ctx, inputs, output, *pair_list) -> None:
     """What the backward of a search needs. Of its outputs, the third is the vectors."""
     positions, cell, *options = inputs
@@ -230,7 +256,7 @@ def nobody_differentiates(*inputs: Tensor) -> bool:
     bare operator does, without the cost of a Function."""
     return not (
         (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
-        or _transforms_active()
+        or transforms_active()
         or any(unpack_dual(t).tangent is not None for t in inputs)
     )
 

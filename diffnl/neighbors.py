@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import _ops, _validate
 from .autograd import (
+    Closer,
     LinkedPaddedSearch,
     LinkedSearch,
     PaddedSearch,
@@ -16,19 +17,20 @@ from .autograd import (
     nobody_differentiates,
 )
 from .pairs import PaddedPairs, Pairs
+from .skin import Skin
 
 
 def neighbor_pairs(
     positions: Tensor,
     cell: Tensor | None,
     pbc: bool | Sequence[bool] | Tensor | None,
-    cutoff: float,
+    cutoff: float | Sequence[float],
     system_idx: Tensor | None = None,
     *,
     full: bool = True,
     sorted: bool = False,
     capacity: int | None = None,
-) -> Pairs | PaddedPairs:
+) -> Pairs | PaddedPairs | tuple[Pairs, ...]:
     """All pairs of atoms, through all periodic images, closer than a cutoff.
 
     A pair (i, j, S) has the vector v = (r_j - r_i) + S @ h and is listed iff i and j belong to the same
@@ -42,7 +44,8 @@ def neighbor_pairs(
         cell: (3, 3), or (B, 3, 3) for B systems; same dtype. Rows are lattice vectors, of any shape and
             handedness. None: no periodicity.
         pbc: which axes are periodic: a bool, three bools, or a bool tensor (3,) or (B, 3). None: none.
-        cutoff: > 0, in the unit of `positions`; may be many times the cell.
+        cutoff: > 0, in the unit of `positions`; may be many times the cell. Several in a sequence: one
+            search makes a list for each.
         system_idx: (N,) integer, the system of each atom, in any order; systems may be empty. None: one.
         full: list both (i, j, S) and (j, i, -S). Otherwise one of the two: the one with i < j, or for i = j
             the one whose S is lexicographically positive.
@@ -52,7 +55,8 @@ def neighbor_pairs(
             `estimate_capacity` helps to choose.
 
     Returns:
-        The pairs. The same input on the same device gives the same bits.
+        The pairs. The same input on the same device gives the same bits. For several cutoffs a tuple of
+        `Pairs` in their order, each with rows in the order of the longest, each differentiable by itself.
 
     Raises:
         ValueError: wrong shapes, devices or values; NaN or infinity; a singular cell on a periodic axis.
@@ -63,7 +67,7 @@ def neighbor_pairs(
         cell,
         pbc,
         system_idx,
-        _validate.cutoff(cutoff),
+        _validate.cutoffs(cutoff),
         bool(full),
         bool(sorted),
         _validate.capacity(capacity),
@@ -74,24 +78,49 @@ class NeighborList(nn.Module):
     """A neighbour list as a layer, without parameters or buffers.
 
     Args:
-        cutoff: > 0, in the length unit of the positions.
+        cutoff: > 0, in the length unit of the positions; or several in a sequence, for a list of each.
         full: list both (i, j, S) and (j, i, -S), or one of the two.
         sorted: order each row by (j, S).
         capacity: return `PaddedPairs` with room for so many pairs, without waiting for the device: for CUDA
             and HIP graphs, and wherever shapes must not depend on data. None: `Pairs`.
+        skin: >= 0, in the length unit of the positions. Above 0 the layer keeps the pairs within cutoff +
+            skin and, on the CPU, searches again only when a pair could have been missed; rows are then
+            sorted. What it returns, and its gradients, are those of a fresh list at every call. Elsewhere, in
+            compiled graphs and under `torch.func` it searches every time. Copies and pickles keep nothing.
+
+    Attributes:
+        searches, reuses: how many calls with a skin searched, and how many selected from what was kept.
 
     Raises:
-        ValueError, TypeError: a cutoff that is not a finite number > 0, a capacity not an integer >= 0.
+        ValueError, TypeError: a cutoff that is not a finite number > 0, a capacity not an integer >= 0, a
+            skin not a finite number >= 0; a capacity for several cutoffs.
     """
 
     def __init__(
-        self, cutoff: float, *, full: bool = True, sorted: bool = False, capacity: int | None = None
+        self,
+        cutoff: float | Sequence[float],
+        *,
+        full: bool = True,
+        sorted: bool = False,
+        capacity: int | None = None,
+        skin: float = 0.0,
     ):
         super().__init__()
-        self.cutoff = _validate.cutoff(cutoff)
+        self.cutoff = _validate.cutoffs(cutoff)
         self.full = bool(full)
         self.sorted = bool(sorted)
         self.capacity = _validate.capacity(capacity)
+        _validate.one_list(self.cutoff, self.capacity)
+        self.skin = _validate.skin(skin)
+        self._kept = Skin()
+
+    @property
+    def searches(self) -> int:
+        return self._kept.searches
+
+    @property
+    def reuses(self) -> int:
+        return self._kept.reuses
 
     def forward(
         self,
@@ -99,13 +128,18 @@ class NeighborList(nn.Module):
         cell: Tensor | None = None,
         pbc: bool | Sequence[bool] | Tensor | None = None,
         system_idx: Tensor | None = None,
-    ) -> Pairs | PaddedPairs:
+    ) -> Pairs | PaddedPairs | tuple[Pairs, ...]:
         """The pairs of one system or a batch; see `neighbor_pairs` for shapes, dtypes and errors."""
-        return _find(positions, cell, pbc, system_idx, self.cutoff, self.full, self.sorted, self.capacity)
+        options = self.cutoff, self.full, self.sorted, self.capacity
+        return _find(positions, cell, pbc, system_idx, *options, self.skin, self._kept)
 
     def extra_repr(self) -> str:
-        options = f"cutoff={self.cutoff}, full={self.full}, sorted={self.sorted}"
-        return options if self.capacity is None else f"{options}, capacity={self.capacity}"
+        shown = {"cutoff": self.cutoff, "full": self.full, "sorted": self.sorted}
+        if self.capacity is not None:
+            shown["capacity"] = self.capacity
+        if self.skin > 0:
+            shown["skin"] = self.skin
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def estimate_capacity(
@@ -137,33 +171,83 @@ def estimate_capacity(
     return max(math.ceil(found.shifts.shape[0] * (1.0 + slack) / 256), 1) * 256
 
 
-def _find(positions, cell, pbc, system_idx, cutoff: float, full: bool, sorted: bool, capacity: int | None):
+def _find(
+    positions,
+    cell,
+    pbc,
+    system_idx,
+    cutoff,
+    full: bool,
+    sorted: bool,
+    capacity: int | None,
+    skin=0.0,
+    kept=None,
+):
+    """The pairs for options that are checked; `skin` and what is `kept` are those of a layer."""
+    _validate.one_list(cutoff, capacity)
     positions = _validate.positions(positions)
     cell = None if cell is None else _validate.cell(cell, positions)
     pbc = _validate.pbc(pbc, positions)
     system_idx = _validate.system_idx(system_idx, positions)
     cell, pbc = _validate.systems(cell, pbc, system_idx, positions, may_wait=capacity is None)
+    where = positions, cell, pbc, system_idx
+    longest = max(cutoff) if isinstance(cutoff, tuple) else cutoff
+    pairs = _find_kept(where, longest, skin, full, capacity, kept) if skin > 0 else None
+    if pairs is None:
+        pairs = _find_fresh(where, longest, full, sorted or skin > 0, capacity)
+    if not isinstance(cutoff, tuple):
+        return pairs
+    return tuple(pairs if shorter == longest else _closer(where, pairs, shorter) for shorter in cutoff)
+
+
+def _find_fresh(where, cutoff: float, full: bool, sorted: bool, capacity: int | None) -> Pairs | PaddedPairs:
     if capacity is not None:
-        return _find_padded(positions, cell, pbc, system_idx, cutoff, capacity, full, sorted)
+        return _find_padded(where, cutoff, full, sorted, capacity)
+    positions, cell, *_ = where
     if not torch.compiler.is_compiling() and nobody_differentiates(positions, cell):
-        return Pairs(*_ops.neighbor_pairs(positions, cell, pbc, system_idx, cutoff, full, sorted))
+        return Pairs(*_ops.neighbor_pairs(*where, cutoff, full, sorted))
     if full and not torch.compiler.is_compiling() and _wants_links(positions, cell):
-        found = LinkedSearch.call(positions, cell, pbc, system_idx, cutoff, sorted)
+        found = LinkedSearch.call(*where, cutoff, sorted)
         return Pairs(*found[:3])
-    return Pairs(*Search.call(positions, cell, pbc, system_idx, cutoff, full, sorted))
+    return Pairs(*Search.call(*where, cutoff, full, sorted))
 
 
-def _find_padded(positions, cell, pbc, system_idx, cutoff, capacity, full, sorted) -> PaddedPairs:
-    options = positions, cell, pbc, system_idx, cutoff, capacity
+def _find_padded(where, cutoff: float, full: bool, sorted: bool, capacity: int) -> PaddedPairs:
+    positions, cell, _, system_idx = where
     compiling = torch.compiler.is_compiling()
     if not compiling and nobody_differentiates(positions, cell):
-        found = _ops.padded_neighbor_pairs(*options, full, sorted)
+        found = _ops.padded_neighbor_pairs(*where, cutoff, capacity, full, sorted)
     elif full and _wants_links(positions, cell):
-        found = LinkedPaddedSearch.call(*options, sorted)
+        found = LinkedPaddedSearch.call(*where, cutoff, capacity, sorted)
     else:
-        found = PaddedSearch.call(*options, full, sorted)
+        found = PaddedSearch.call(*where, cutoff, capacity, full, sorted)
     pairs = PaddedPairs(*found[:4])
     return pairs if compiling else pairs._of(positions, cell, system_idx)
+
+
+def _find_kept(where, cutoff, skin, full, capacity, kept: Skin) -> Pairs | PaddedPairs | None:
+    """The sorted list, if a skin can be had here."""
+    positions, cell, _, system_idx = where
+    if positions.device.type != "cpu":
+        return None
+    try:
+        found = kept.find(*where, cutoff, skin, full, capacity)
+    except ValueError:
+        # A list with a capacity raises nothing: the fresh search says so in its own way.
+        if capacity is None:
+            raise
+        return None
+    if found is None:
+        return None
+    return Pairs(*found[:3]) if capacity is None else PaddedPairs(*found)._of(positions, cell, system_idx)
+
+
+def _closer(where, pairs: Pairs, cutoff: float) -> Pairs:
+    """Those of the pairs within a shorter cutoff."""
+    positions, cell, *_ = where
+    if not torch.compiler.is_compiling() and nobody_differentiates(positions, cell):
+        return Pairs(*_ops.closer_pairs(*pairs, cutoff))
+    return Pairs(*Closer.call(*where, pairs.mapping, pairs.shifts, pairs.vectors.detach(), cutoff))
 
 
 def _wants_links(positions: Tensor, cell: Tensor) -> bool:

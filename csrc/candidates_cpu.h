@@ -1,0 +1,57 @@
+// Candidates: a list to a longer cutoff, kept so that the pairs of a shorter one can be selected from it while the
+// atoms have not moved far.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "neighbors_cpu.h"
+
+namespace diffnl {
+
+// Rows in order of (j, S). Instead of S each candidate has the number of its image: S, and the system it is of.
+struct Candidates {
+  const int64_t* offsets;  // (N + 1,) row i is candidates offsets[i] .. offsets[i + 1]
+  const int32_t* j;        // (C,)
+  const int32_t* image;    // (C,)
+  const int32_t* uniform;  // (N,) the image that all of a row share, or -1
+  const int32_t* images;   // (K, 4): S, system
+  int64_t num_atoms, num_images;
+};
+
+// Where `compact` writes.
+struct CompactList {
+  int64_t* offsets;  // (N + 1,)
+  int32_t *j, *image, *uniform;
+};
+
+// The candidates of a list in ascending order of i; appends (S, system) of each image to `images`.
+void compact(const PairList& list, const CompactList& out, std::vector<int32_t>& images);
+
+// The candidates closer than the cutoff, by the exact test. `allocate(P)` is called once, from the calling thread.
+template <typename T>
+void select_cpu(const Candidates& candidates, const T* positions, const T* cell, double cutoff,
+                const std::function<PairOutput<T>(int64_t)>& allocate);
+
+// The pairs of a list that are closer than the cutoff, of vectors (P, 3) that are there.
+template <typename T>
+void closer_cpu(const PairList& list, const T* vectors, double cutoff,
+                const std::function<PairOutput<T>(int64_t)>& allocate);
+
+// Atoms and cells at the time of a search, and now.
+template <typename T>
+struct Motion {
+  const T *old_positions, *positions;  // (N, 3)
+  const T *old_cell, *cell;            // (B, 3, 3)
+  const bool* pbc;                     // (B, 3), or (1, 3) with pbc_stride 0
+  int64_t pbc_stride;
+  const int64_t* system_idx;  // (N,) or null
+  int64_t num_atoms, num_systems;
+};
+
+// Whether candidates to `radius` still hold all pairs closer than `cutoff`.
+template <typename T>
+bool still_hold(const Motion<T>& motion, double cutoff, double radius);
+
+}  // namespace diffnl
