@@ -3,7 +3,7 @@
     python benchmarks/skin.py                      # 10,648 atoms, 6 Å, skin 1 Å, all threads
     python benchmarks/skin.py --size 1000 --dtype float64
 
-The atoms of the workload are moved by thermal displacements before every call, the same ones for all: 0.05 Å an
+The atoms of the workload are moved by thermal displacements before every call, the same for all: 0.05 Å an
 axis, of which a skin of 1 Å bears much. Calls that are compared take turns. Best and median of all rounds.
 """
 
