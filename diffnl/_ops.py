@@ -44,6 +44,15 @@ def build_info() -> dict:
     return {"backends": backends.split(","), "torch": version, "archs": archs.split(",") if archs else []}
 
 
+def _call(operator, *args):
+    """The operator without its own derivative, which is for compilers. In eager mode the Functions of
+    diffnl/autograd.py are there for that, and asking twice would cost microseconds."""
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 def neighbor_pairs(
     positions: Tensor,
     cell: Tensor,
@@ -56,7 +65,9 @@ def neighbor_pairs(
     """(N, 3), (3, 3) or (B, 3, 3), (3,) or (B, 3) bool, (N,) int64 -> mapping (2, P), shifts (P, 3), vectors
     (P, 3)."""
     try:
-        return torch.ops.diffnl.neighbor_pairs.default(positions, cell, pbc, system_idx, cutoff, full, sorted)
+        return _call(
+            torch.ops.diffnl.neighbor_pairs.default, positions, cell, pbc, system_idx, cutoff, full, sorted
+        )
     except RuntimeError as error:
         _validate.raise_data_error(error, positions, cell)
         raise
@@ -67,7 +78,7 @@ def closer_pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those pairs of a list (2, P), (P, 3), (P, 3) whose vectors are shorter than the cutoff, in order."""
     if HAS_CANDIDATES and vectors.device.type == "cpu":
-        return torch.ops.diffnl.closer_pairs.default(mapping, shifts, vectors, cutoff)
+        return _call(torch.ops.diffnl.closer_pairs.default, mapping, shifts, vectors, cutoff)
     # One rounding an operation, as in the search.
     x, y, z = vectors.square().unbind(1)
     limit = torch.tensor(cutoff * cutoff, dtype=vectors.dtype)
@@ -84,7 +95,9 @@ def compact_candidates(
 ) -> tuple[Tensor, ...]:
     """A list in ascending order of i -> what `select_candidates` takes: offsets (N + 1,) of its rows, j (P,),
     image (P,), uniform (N,) and images (K, 4)."""
-    return torch.ops.diffnl.compact_candidates.default(mapping, shifts, system_idx, num_atoms, num_systems)
+    return _call(
+        torch.ops.diffnl.compact_candidates.default, mapping, shifts, system_idx, num_atoms, num_systems
+    )
 
 
 def candidates_hold(
@@ -98,8 +111,16 @@ def candidates_hold(
     radius: float,
 ) -> bool:
     """Whether the pairs to `radius` of old positions and cell hold all pairs to `cutoff` of the new ones."""
-    return torch.ops.diffnl.candidates_hold.default(
-        old_positions, old_cell, positions, cell, pbc, system_idx, cutoff, radius
+    return _call(
+        torch.ops.diffnl.candidates_hold.default,
+        old_positions,
+        old_cell,
+        positions,
+        cell,
+        pbc,
+        system_idx,
+        cutoff,
+        radius,
     )
 
 
@@ -115,8 +136,17 @@ def select_candidates(
     capacity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The candidates within the cutoff: mapping, shifts, vectors, num_pairs; padded with a capacity."""
-    return torch.ops.diffnl.select_candidates.default(
-        positions, cell, offsets, j, image, uniform, images, cutoff, capacity
+    return _call(
+        torch.ops.diffnl.select_candidates.default,
+        positions,
+        cell,
+        offsets,
+        j,
+        image,
+        uniform,
+        images,
+        cutoff,
+        capacity,
     )
 
 
@@ -135,8 +165,8 @@ def linked_neighbor_pairs(
     Both are empty where the list cannot be linked (|S| > 31, or 16,384 pairs of one atom).
     """
     try:
-        return torch.ops.diffnl.linked_neighbor_pairs.default(
-            positions, cell, pbc, system_idx, cutoff, sorted
+        return _call(
+            torch.ops.diffnl.linked_neighbor_pairs.default, positions, cell, pbc, system_idx, cutoff, sorted
         )
     except RuntimeError as error:
         _validate.raise_data_error(error, positions, cell)
@@ -147,7 +177,7 @@ def linked_vectors(
     positions: Tensor, cell: Tensor | None, links: Tensor, rows: Tensor, system_idx: Tensor | None
 ) -> Tensor:
     """r_j - r_i + S @ h, (P, 3)."""
-    return torch.ops.diffnl.linked_vectors.default(positions, cell, links, rows, system_idx)
+    return _call(torch.ops.diffnl.linked_vectors.default, positions, cell, links, rows, system_idx)
 
 
 def linked_adjoint(
@@ -160,8 +190,15 @@ def linked_adjoint(
     need_cell: bool,
 ) -> tuple[Tensor, Tensor]:
     """(P, 3) -> gradients (N, 3) and (B, 3, 3); one that is not needed comes back with no rows."""
-    return torch.ops.diffnl.linked_adjoint.default(
-        grad, links, rows, num_atoms, num_systems, need_positions, need_cell
+    return _call(
+        torch.ops.diffnl.linked_adjoint.default,
+        grad,
+        links,
+        rows,
+        num_atoms,
+        num_systems,
+        need_positions,
+        need_cell,
     )
 
 
@@ -177,8 +214,16 @@ def padded_neighbor_pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `neighbor_pairs`, with room for C = `capacity` pairs -> mapping (2, C), shifts (C, 3), vectors
     (C, 3), num_pairs ()."""
-    return torch.ops.diffnl.padded_neighbor_pairs.default(
-        positions, cell, pbc, system_idx, cutoff, capacity, full, sorted
+    return _call(
+        torch.ops.diffnl.padded_neighbor_pairs.default,
+        positions,
+        cell,
+        pbc,
+        system_idx,
+        cutoff,
+        capacity,
+        full,
+        sorted,
     )
 
 
@@ -195,8 +240,15 @@ def padded_linked_neighbor_pairs(
 
     A list that cannot be linked has failed.
     """
-    return torch.ops.diffnl.padded_linked_neighbor_pairs.default(
-        positions, cell, pbc, system_idx, cutoff, capacity, sorted
+    return _call(
+        torch.ops.diffnl.padded_linked_neighbor_pairs.default,
+        positions,
+        cell,
+        pbc,
+        system_idx,
+        cutoff,
+        capacity,
+        sorted,
     )
 
 
@@ -213,7 +265,9 @@ def pair_vectors(
     `num_pairs` (), of a padded list: slots behind are 0.
     """
     try:
-        return torch.ops.diffnl.pair_vectors.default(positions, cell, mapping, shifts, system_idx, num_pairs)
+        return _call(
+            torch.ops.diffnl.pair_vectors.default, positions, cell, mapping, shifts, system_idx, num_pairs
+        )
     except RuntimeError as error:
         _validate.raise_data_error(error, positions, cell)
         raise
@@ -234,8 +288,17 @@ def pair_vectors_adjoint(
 
     `num_pairs` (), of a padded list: what `grad` holds behind does not matter.
     """
-    return torch.ops.diffnl.pair_vectors_adjoint.default(
-        grad, mapping, shifts, system_idx, num_atoms, num_systems, need_positions, need_cell, num_pairs
+    return _call(
+        torch.ops.diffnl.pair_vectors_adjoint.default,
+        grad,
+        mapping,
+        shifts,
+        system_idx,
+        num_atoms,
+        num_systems,
+        need_positions,
+        need_cell,
+        num_pairs,
     )
 
 

@@ -32,7 +32,9 @@ class _Operator(Function):
 
     @classmethod
     def call(cls, *args):
-        if transforms_active() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return cls.forward(*args)  # whose operator a compiler can differentiate by itself: see below
+        if transforms_active():
             return cls.apply(*args)
         return super(Function, cls).apply(*unwrap_dead_wrappers(args))
 
@@ -284,3 +286,15 @@ def _apply_to(positions: Tensor | None, cell: Tensor | None, pair_list, num_atom
     if cell is None:
         pair_list = _without_cell(pair_list)
     return PairVectors.call(positions, cell, *pair_list)
+
+
+# Compilers do not trace a Function that has a forward mode. They meet the bare operators instead, with the
+# same derivatives. Eager calls never come here: `_ops` passes this by.
+for _name, _function in {
+    "neighbor_pairs": Search,
+    "padded_neighbor_pairs": PaddedSearch,
+    "padded_linked_neighbor_pairs": LinkedPaddedSearch,
+}.items():
+    torch.library.register_autograd(
+        f"diffnl::{_name}", _function.backward, setup_context=_function.setup_context
+    )
