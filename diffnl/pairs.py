@@ -28,6 +28,8 @@ class _WithDistances:
 
         Differentiable, with zero first and second derivatives (instead of NaN) where v = 0.
         """
+        if torch.compiler.is_compiling():
+            return _norm(self.vectors)  # a compiler finds out by itself what it has computed already
         kept = self.__dict__.get("_distances")
         # What was computed without a graph must not stand in for a differentiable value later.
         usable = kept is not None and (

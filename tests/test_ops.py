@@ -110,7 +110,7 @@ def test_a_linked_list_is_the_list(in_order, name, dtype, device, linked_operato
     g = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(81), dtype=dtype).to(device)
     sizes = len(positions), len(cell)
     for need in ((True, True), (True, False), (False, True)):
-        gradients = OPS.linked_adjoint(g, links, rows, *sizes, *need)
+        gradients = OPS.linked_adjoint(g, links, rows, None, *sizes, *need)
         gradients = [gradient if n else None for gradient, n in zip(gradients, need, strict=True)]
         assert_adjoint(gradients, g, *pairs[:2], system_idx, *sizes)
 
@@ -130,7 +130,9 @@ def test_opcheck_of_the_linked_operators(name, dtype, device, linked_operators):
     positions, cell, _, system_idx, *_ = arguments
     torch.library.opcheck(OPS.linked_neighbor_pairs, arguments)
     torch.library.opcheck(OPS.linked_vectors, (positions, cell, links, rows, system_idx))
-    torch.library.opcheck(OPS.linked_adjoint, (vectors, links, rows, len(positions), len(cell), True, True))
+    torch.library.opcheck(
+        OPS.linked_adjoint, (vectors, links, rows, None, len(positions), len(cell), True, True)
+    )
 
 
 def test_fake_kernels_give_the_shapes_of_the_real_ones():
