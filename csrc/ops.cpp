@@ -49,7 +49,8 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
       "linked_vectors(Tensor positions, Tensor? cell, Tensor links, Tensor rows, Tensor? system_idx=None) "
       "-> Tensor vectors");
   m.def(
-      "linked_adjoint(Tensor grad, Tensor links, Tensor rows, SymInt num_atoms, SymInt num_systems, "
+      "linked_adjoint(Tensor grad, Tensor links, Tensor rows, Tensor? system_idx, SymInt num_atoms, SymInt "
+      "num_systems, "
       "bool need_positions=True, bool need_cell=True) -> (Tensor grad_positions, Tensor grad_cell)");
   // Candidates (candidates_cpu.h), of a sorted list: on the CPU.
   m.def(

@@ -93,9 +93,10 @@ std::tuple<Tensor, Tensor> adjoint_of(const Tensor& grad, const GpuPairList& lis
   return {grad_positions, grad_cell};
 }
 
+// `system_idx` is for the derivative of this operator alone.
 std::tuple<Tensor, Tensor> linked_adjoint(const Tensor& grad, const Tensor& links, const Tensor& rows,
-                                          int64_t num_atoms, int64_t num_systems, bool need_positions,
-                                          bool need_cell) {
+                                          const std::optional<Tensor>&, int64_t num_atoms, int64_t num_systems,
+                                          bool need_positions, bool need_cell) {
   const HeldLinks held(links, rows, num_atoms, num_systems);
   floating_dtype(grad);
   check_shape(grad, "grad", {held.list.num_pairs, 3});

@@ -1,6 +1,6 @@
 """diffnl: the neighbour list that a model can differentiate through."""
 
-from . import reference
+from . import reference, testing
 from ._ops import build_info
 from ._version import __version__
 from .neighbors import NeighborList, estimate_capacity, neighbor_pairs, pair_vectors
@@ -19,4 +19,5 @@ __all__ = [
     "pair_vectors",
     "reference",
     "strained",
+    "testing",
 ]

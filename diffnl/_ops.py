@@ -184,22 +184,18 @@ def linked_adjoint(
     grad: Tensor,
     links: Tensor,
     rows: Tensor,
+    system_idx: Tensor | None,
     num_atoms: int,
     num_systems: int,
     need_positions: bool,
     need_cell: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(P, 3) -> gradients (N, 3) and (B, 3, 3); one that is not needed comes back with no rows."""
-    return _call(
-        torch.ops.diffnl.linked_adjoint.default,
-        grad,
-        links,
-        rows,
-        num_atoms,
-        num_systems,
-        need_positions,
-        need_cell,
-    )
+    """(P, 3) -> gradients (N, 3) and (B, 3, 3); one that is not needed comes back with no rows.
+
+    `system_idx` is for the derivative alone.
+    """
+    operator = torch.ops.diffnl.linked_adjoint.default
+    return _call(operator, grad, links, rows, system_idx, num_atoms, num_systems, need_positions, need_cell)
 
 
 def padded_neighbor_pairs(
@@ -331,7 +327,7 @@ def adjoint_of_list(
 ) -> tuple[Tensor, Tensor]:
     """`linked_adjoint` or `pair_vectors_adjoint`."""
     if is_linked(first):
-        return linked_adjoint(grad, first, second, *sizes_and_needs)
+        return linked_adjoint(grad, first, second, system_idx, *sizes_and_needs)
     return pair_vectors_adjoint(grad, first, second, system_idx, *sizes_and_needs, num_pairs)
 
 
@@ -410,7 +406,7 @@ def _(positions, cell, links, rows, system_idx=None):
 
 
 @torch.library.register_fake("diffnl::linked_adjoint")
-def _(grad, links, rows, num_atoms, num_systems, need_positions=True, need_cell=True):
+def _(grad, links, rows, system_idx, num_atoms, num_systems, need_positions=True, need_cell=True):
     return (
         grad.new_empty((num_atoms if need_positions else 0, 3)),
         grad.new_empty((num_systems if need_cell else 0, 3, 3)),

@@ -105,6 +105,38 @@ def cell(value: Tensor, like: Tensor) -> Tensor:
     return t
 
 
+def double(name: str, t: Tensor) -> Tensor:
+    """float64: finite differences need the digits."""
+    if t.dtype != torch.float64:
+        raise TypeError(f"`{name}` must be float64; got {t.dtype}")
+    return t
+
+
+def one_cell(t: Tensor) -> Tensor:
+    """A checked cell of one system, as (3, 3)."""
+    if num_systems(t) != 1:
+        raise ValueError(f"`cell` must have shape (3, 3); got {_shape(t)}")
+    return t.reshape(3, 3)
+
+
+def one_pbc(t: Tensor) -> Tensor:
+    """Checked flags of one system, as (3,)."""
+    if t.numel() != 3:
+        raise ValueError(f"`pbc` must be one flag or three; got {_shape(t)}")
+    return t.reshape(3)
+
+
+def per_atom(value: Tensor, like: Tensor) -> Tensor:
+    """(N, ...), on the device of `positions`."""
+    t = _tensor("per_atom", value)
+    if t.ndim == 0 or t.shape[0] != like.shape[0]:
+        raise ValueError(
+            f"`per_atom` must hold tensors of shape (N, ...) with N = {like.shape[0]}; got {_shape(t)}"
+        )
+    same_device("per_atom", t, like)
+    return t.detach()
+
+
 def num_systems(cell: Tensor) -> int:
     """B of a checked (3, 3) or (B, 3, 3) cell."""
     return 1 if cell.ndim == 2 else cell.shape[0]

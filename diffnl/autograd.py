@@ -290,11 +290,32 @@ def _apply_to(positions: Tensor | None, cell: Tensor | None, pair_list, num_atom
 
 # Compilers do not trace a Function that has a forward mode. They meet the bare operators instead, with the
 # same derivatives. Eager calls never come here: `_ops` passes this by.
-for _name, _function in {
-    "neighbor_pairs": Search,
-    "padded_neighbor_pairs": PaddedSearch,
-    "padded_linked_neighbor_pairs": LinkedPaddedSearch,
-}.items():
-    torch.library.register_autograd(
-        f"diffnl::{_name}", _function.backward, setup_context=_function.setup_context
-    )
+
+
+def _register(operator: str, function: type[_Operator], num_inputs: int, as_inputs) -> None:
+    """`as_inputs` makes the inputs of the function, the first ones alike, of those of the operator."""
+
+    def setup_context(ctx, inputs, output):
+        function.setup_context(ctx, as_inputs(*inputs), output)
+
+    def backward(ctx, *grads):
+        gradients = function.backward(ctx, *grads)
+        return (*gradients, *[None] * num_inputs)[:num_inputs]
+
+    torch.library.register_autograd(f"diffnl::{operator}", backward, setup_context=setup_context)
+
+
+def _same(*inputs):
+    return inputs
+
+
+_register("neighbor_pairs", Search, 7, _same)
+_register("linked_neighbor_pairs", LinkedSearch, 6, _same)
+_register("padded_neighbor_pairs", PaddedSearch, 8, _same)
+_register("padded_linked_neighbor_pairs", LinkedPaddedSearch, 7, _same)
+_register("pair_vectors", PairVectors, 6, _same)
+_register("linked_vectors", PairVectors, 5, lambda *inputs: (*inputs, None))
+_register(
+    "pair_vectors_adjoint", PairVectorsAdjoint, 9, lambda *inputs: (*inputs[:4], inputs[8], *inputs[4:8])
+)
+_register("linked_adjoint", PairVectorsAdjoint, 8, lambda *inputs: (*inputs[:4], None, *inputs[4:]))
