@@ -12,13 +12,21 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
-CXX_SOURCES := $(foreach kind,cpp h hip cu,$(wildcard csrc/*.$(kind) tests/hostgpu/*.$(kind) tests/hostgpu/hip/*.$(kind)))
+CXX_SOURCES := $(foreach kind,cpp h hip cu,$(wildcard csrc/*.$(kind) examples/deploy/*.$(kind) tests/hostgpu/*.$(kind) tests/hostgpu/hip/*.$(kind)))
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
 
-.PHONY: demo elastic test asan hip hostgpu hostgpu32 hostgpu64 hostgpu-asan lint format bench wheel clean
+.PHONY: demo deploy elastic test asan hip hostgpu hostgpu32 hostgpu64 hostgpu-asan lint format bench wheel clean
 
 demo: $(VENV)/examples.installed
 	$(BIN)/python examples/train_mlip.py $(ARGS)
+
+# A potential exported, then run by a C++ program that is built here, and compared with Python. Takes cmake.
+deploy: $(VENV)/examples.installed
+	$(BIN)/python examples/deploy/export.py --out build/deploy
+	cmake -S examples/deploy -B build/deploy/cmake -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import diffnl; print(diffnl.cmake_prefix_path())')"
+	cmake --build build/deploy/cmake
+	$(BIN)/python examples/deploy/check.py --out build/deploy
 
 elastic: $(VENV)/examples.installed
 	$(BIN)/python examples/elastic_constants.py $(ARGS)

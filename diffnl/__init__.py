@@ -1,7 +1,7 @@
 """diffnl: the neighbour list that a model can differentiate through."""
 
 from . import reference, testing
-from ._ops import build_info
+from ._ops import build_info, cmake_prefix_path, library_path
 from ._version import __version__
 from .neighbors import NeighborList, estimate_capacity, neighbor_pairs, pair_vectors
 from .pairs import PaddedPairs, Pairs
@@ -13,8 +13,10 @@ __all__ = [
     "Pairs",
     "__version__",
     "build_info",
+    "cmake_prefix_path",
     "estimate_capacity",
     "forces_and_stress",
+    "library_path",
     "neighbor_pairs",
     "pair_vectors",
     "reference",

@@ -10,21 +10,36 @@ from torch import Tensor
 
 from . import _validate
 
+_FOLDER = Path(__file__).parent
 
-def _load_library() -> None:
-    folder = Path(__file__).parent
-    libraries = sorted(folder.glob("_C*.so"))
+
+def library_path() -> str:
+    """The compiled library, which registers diffnl's operators with torch when it is loaded.
+
+    For programs without Python: link it (`cmake_prefix_path`) or load it before an exported model runs.
+    """
+    libraries = sorted(_FOLDER.glob("_C*.so"))
     if not libraries:
         raise ImportError(
-            f"diffnl's compiled library is missing: there is no _C*.so in {folder}. Build it against the "
+            f"diffnl's compiled library is missing: there is no _C*.so in {_FOLDER}. Build it against the "
             "torch of this environment: run `pip install --no-build-isolation .` (or `-e .`) in a checkout "
             "of diffnl, and import diffnl from outside that checkout if you did not use `-e`."
         )
+    return str(libraries[0])
+
+
+def cmake_prefix_path() -> str:
+    """What `CMAKE_PREFIX_PATH` needs for `find_package(diffnl)`: the folders of diffnl and of torch."""
+    return f"{_FOLDER};{torch.utils.cmake_prefix_path}"
+
+
+def _load_library() -> None:
+    library = library_path()
     try:
-        torch.ops.load_library(libraries[0])
+        torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
-            f"diffnl's compiled library {libraries[0]} does not load under torch {torch.__version__} (it "
+            f"diffnl's compiled library {library} does not load under torch {torch.__version__} (it "
             f"needs torch >= 2.10): {error}. Rebuild it: run `pip install --no-build-isolation .` in a "
             "checkout of diffnl."
         ) from error
