@@ -167,7 +167,9 @@ def test_what_torch_says_of_an_energy_that_is_not_detached():
         return energy, *torch.autograd.grad(energy, (positions, cell))
 
     potential = Potential()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="consumed grad_fns"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="consumes grad_fns that are needed by tensors returned"
+    ):
         torch.compile(run, fullgraph=True, backend="aot_eager")(*box())
 
 

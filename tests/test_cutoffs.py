@@ -45,13 +45,16 @@ def test_each_list_is_differentiable_by_itself(device, dtype):
     own = [diffnl.neighbor_pairs(*leaves, pbc, c, system_idx, sorted=True) for c in (3.0, 5.0)]
     ours = derivatives(short.vectors.pow(3).sum() + long.distances.sum())
     theirs = derivatives(own[0].vectors.pow(3).sum() + own[1].distances.sum())
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+    assert_close_sums(ours, theirs)
     for pairs, alone in zip((short, long), own, strict=True):
-        for one, other in zip(
-            derivatives(pairs.vectors.pow(3).sum()), derivatives(alone.vectors.pow(3).sum()), strict=True
-        ):
-            torch.testing.assert_close(one, other)
+        assert_close_sums(derivatives(pairs.vectors.pow(3).sum()), derivatives(alone.vectors.pow(3).sum()))
+
+
+def assert_close_sums(ours, theirs):
+    """Equal but for the order of the sums, which a GPU takes with links and without."""
+    for one, other in zip(ours, theirs, strict=True):
+        size = other.abs().max().item()
+        torch.testing.assert_close(one, other, rtol=0.0, atol=100 * torch.finfo(one.dtype).eps * size)
 
 
 def test_forward_mode_of_a_shorter_list(device):
