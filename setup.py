@@ -43,6 +43,7 @@ except ImportError as error:
 
 BACKENDS = ("cpu", "cuda", "hip", "hostgpu")
 KERNELS = [
+    "candidates_gpu.hip",
     "cell_list_gpu.hip",
     "count_pairs_gpu.hip",
     "neighbors.hip",
@@ -59,12 +60,13 @@ CPU = [
     "neighbors_cpu.cpp",
     "pair_vectors_cpu.cpp",
 ]
+GPU = ["neighbors_gpu.cpp", "skin_gpu.cpp", "ops_gpu.cpp"]
 SOURCES = {
     "cpu": CPU,
-    "cuda": [*CPU, "neighbors_gpu.cpp", "ops_gpu.cpp", "neighbors_nvcc.cu"],  # the .cu includes the kernels
-    "hip": [*CPU, "neighbors_gpu.cpp", "ops_gpu.cpp", *KERNELS],
+    "cuda": [*CPU, *GPU, "neighbors_nvcc.cu"],  # the .cu includes the kernels
+    "hip": [*CPU, *GPU, *KERNELS],
     # For the tests: the kernels take the CPU backend's place.
-    "hostgpu": ["ops.cpp", "neighbors_gpu.cpp", "ops_gpu.cpp", *KERNELS],
+    "hostgpu": ["ops.cpp", *GPU, *KERNELS],
 }
 TOOLKITS = {
     "cuda": ("a CUDA build of torch and the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),

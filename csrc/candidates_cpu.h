@@ -15,7 +15,6 @@ struct Candidates {
   const int64_t* offsets;  // (N + 1,) row i is candidates offsets[i] .. offsets[i + 1]
   const int32_t* j;        // (C,)
   const int32_t* image;    // (C,)
-  const int32_t* uniform;  // (N,) the image that all of a row share, or -1
   const int32_t* images;   // (K, 4): S, system
   int64_t num_atoms, num_images;
 };
@@ -23,7 +22,7 @@ struct Candidates {
 // Where `compact` writes.
 struct CompactList {
   int64_t* offsets;  // (N + 1,)
-  int32_t *j, *image, *uniform;
+  int32_t *j, *image;
 };
 
 // The candidates of a list in ascending order of i; appends (S, system) of each image to `images`.
@@ -32,11 +31,6 @@ void compact(const PairList& list, const CompactList& out, std::vector<int32_t>&
 // The candidates closer than the cutoff, by the exact test. `allocate(P)` is called once, from the calling thread.
 template <typename T>
 void select_cpu(const Candidates& candidates, const T* positions, const T* cell, double cutoff,
-                const std::function<PairOutput<T>(int64_t)>& allocate);
-
-// The pairs of a list that are closer than the cutoff, of vectors (P, 3) that are there.
-template <typename T>
-void closer_cpu(const PairList& list, const T* vectors, double cutoff,
                 const std::function<PairOutput<T>(int64_t)>& allocate);
 
 // Atoms and cells at the time of a search, and now.

@@ -17,9 +17,6 @@ namespace diffnl {
 
 namespace {
 
-constexpr int kSmallThreads = 512;  // one block does it all
-constexpr int64_t kSmall = 2048;    // for as many atoms and systems
-
 // ---------------------------------------------------------------------------------------- faults
 
 // The first fault wins: kinds in the order of `Fault`, then the smallest number. Inverted, so that zeroed memory
@@ -27,49 +24,6 @@ constexpr int64_t kSmall = 2048;    // for as many atoms and systems
 __device__ inline void report(SearchState* state, Fault kind, uint64_t number) {
   atomicMax(&state->fault, ~static_cast<unsigned long long>(pack_fault(kind, number)));
 }
-
-// ------------------------------------------------------------------------------- ranges by atomics
-
-// Doubles as integers of the same order.
-__device__ inline uint64_t ordered_bits(double value) {
-  union {
-    double number;
-    uint64_t bits;
-  } u;
-  u.number = value;
-  return u.bits >> 63 != 0 ? ~u.bits : u.bits | uint64_t(1) << 63;
-}
-
-__device__ inline double from_ordered_bits(uint64_t bits) {
-  union {
-    uint64_t bits;
-    double number;
-  } u;
-  u.bits = bits >> 63 != 0 ? bits & ~(uint64_t(1) << 63) : ~bits;
-  return u.number;
-}
-
-__device__ inline uint64_t look_at(const uint64_t& bound) {
-  return *static_cast<const volatile uint64_t*>(&bound);
-}
-
-// `seen` is what the bound was a moment ago: most atoms move no bound.
-__device__ inline void lower_to(uint64_t* bound, uint64_t seen, double value) {
-  const uint64_t bits = ordered_bits(value);
-  if (bits < seen) atomicMin(reinterpret_cast<unsigned long long*>(bound), bits);
-}
-
-__device__ inline void raise_to(uint64_t* bound, uint64_t seen, double value) {
-  const uint64_t bits = ordered_bits(value);
-  if (bits > seen) atomicMax(reinterpret_cast<unsigned long long*>(bound), bits);
-}
-
-__device__ inline double min_over_wave(double value) {
-  for (int mask = 1; mask < wave_width(); mask *= 2) value = std::min(value, lane_xor(value, mask, wave_width()));
-  return value;
-}
-
-__device__ inline double max_over_wave(double value) { return -min_over_wave(-value); }
 
 __device__ inline AtomRange empty_range() {
   constexpr double inf = std::numeric_limits<double>::infinity();
@@ -320,13 +274,14 @@ __device__ inline void order_atom(const GpuSearch<T>& s, int64_t t) {
 template <typename T>
 __global__ __launch_bounds__(kThreads) void make_frames(GpuSearch<T> s) {
   const int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (b < s.num_systems) make_frame(s, b);
+  if (b < s.num_systems && !is_idle(s.needed)) make_frame(s, b);
 }
 
 // Where atoms are few, the last block cuts the systems into bins as well; else that would cost all others
 // registers.
 template <typename T, bool kFew>
 __global__ __launch_bounds__(kThreads) void wrap_atoms(GpuSearch<T> s, int64_t atoms_of_thread) {
+  if (is_idle(s.needed)) return;
   const int64_t first = int64_t(blockIdx.x) * kThreads * atoms_of_thread;
   wrap_atoms_from(s, first + threadIdx.x, kThreads, std::min(first + kThreads * atoms_of_thread, s.num_atoms));
   if constexpr (kFew)
@@ -335,11 +290,13 @@ __global__ __launch_bounds__(kThreads) void wrap_atoms(GpuSearch<T> s, int64_t a
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void make_grids(GpuSearch<T> s) {
+  if (is_idle(s.needed)) return;
   make_all_grids<kThreads>(s);
 }
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void bin_atoms(GpuSearch<T> s, bool few_slots) {
+  if (is_idle(s.needed)) return;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < s.num_atoms && s.state->fault == 0) bin_atom(s, i);
   if (few_slots && is_last_block(&s.state->binned))
@@ -349,18 +306,19 @@ __global__ __launch_bounds__(kThreads) void bin_atoms(GpuSearch<T> s, bool few_s
 template <typename T>
 __global__ __launch_bounds__(kThreads) void place_atoms(GpuSearch<T> s) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < s.num_atoms && s.state->fault == 0) place_atom(s, i);
+  if (i < s.num_atoms && !is_idle(s.needed) && s.state->fault == 0) place_atom(s, i);
 }
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void order_atoms(GpuSearch<T> s) {
   const int64_t t = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (t < s.num_atoms && s.state->fault == 0) order_atom(s, t);
+  if (t < s.num_atoms && !is_idle(s.needed) && s.state->fault == 0) order_atom(s, t);
 }
 
 // All of the above by one block: where atoms are few, launches cost more than they do.
 template <typename T>
 __global__ __launch_bounds__(kSmallThreads) void file_small(GpuSearch<T> s) {
+  if (is_idle(s.needed)) return;
   const int64_t first = threadIdx.x;
   for (int64_t b = first; b < s.num_systems; b += kSmallThreads) make_frame(s, b);
   __syncthreads();
@@ -400,7 +358,8 @@ void build_cell_list(const GpuSearch<T>& s, GpuStream stream) {
   }
   const bool few_slots = s.num_slots <= kFewCounts;
   DIFFNL_LAUNCH(bin_atoms<T>, atom_blocks, kThreads, stream, s, few_slots);
-  if (!few_slots) scan_counts(s.slot_counts, s.num_slots, s.partial_sums, s.slot_starts, nullptr, stream);
+  if (!few_slots)
+    scan_counts(s.slot_counts, s.num_slots, s.partial_sums, s.slot_starts, nullptr, s.needed, stream);
   DIFFNL_LAUNCH(place_atoms<T>, atom_blocks, kThreads, stream, s);
   DIFFNL_LAUNCH(order_atoms<T>, atom_blocks, kThreads, stream, s);
 }

@@ -65,7 +65,7 @@ template <typename T>
 __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 10) void count_bins(GpuSearch<T> s) {
   __shared__ Home<T> home;
   __shared__ Candidates near;
-  if (s.state->fault != 0) return;
+  if (is_idle(s.needed) || s.state->fault != 0) return;
   const uint32_t num_bins = s.state->num_bins, shares = shares_of_bins(num_bins);
   CountSink<T> sink{s, home, near, {0, 1}, 0};
   for (uint32_t u = blockIdx.x; u < num_bins * shares; u += gridDim.x) {
@@ -150,6 +150,7 @@ __device__ inline Summary summarize(const GpuSearch<T>& s) {
   out.num_bins = s.state->num_bins;
   out.longest_row = s.state->longest_row;
   out.linkable = is_linkable(s);
+  out.must_search = 0;
   return out;
 }
 
@@ -175,6 +176,7 @@ __device__ inline void tell_padded_list(const GpuSearch<T>& s, const Summary& su
 // the one that finds where they begin; the others sum the segments, which nobody needs before the fill.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void finish_count(GpuSearch<T> s, bool few_rows) {
+  if (is_idle(s.needed)) return;
   if (blockIdx.x == 0) {
     if (few_rows) scan_by_one_block<kThreads>(s.row_counts, s.num_atoms, s.offsets, &s.state->longest_row);
     __syncthreads();
@@ -205,7 +207,8 @@ template <typename T>
 void count_pairs(const GpuSearch<T>& s, GpuStream stream) {
   const bool few_rows = s.num_atoms <= kFewCounts;
   if (s.num_atoms > 0) DIFFNL_LAUNCH(count_bins<T>, blocks_for_bins(s), kSearchThreads, stream, s);
-  if (!few_rows) scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, &s.state->longest_row, stream);
+  if (!few_rows)
+    scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, &s.state->longest_row, s.needed, stream);
   const int64_t blocks = s.segments == nullptr ? 1 : 1 + blocks_for(s.num_atoms, kAtomsAtOnce);
   DIFFNL_LAUNCH(finish_count<T>, blocks, kThreads, stream, s, few_rows);
 }

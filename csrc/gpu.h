@@ -93,12 +93,23 @@ __device__ inline T lane_value(T value, int lane) {
 #endif
 }
 
+__device__ inline double min_over_wave(double value) {
+  for (int mask = 1; mask < wave_width(); mask *= 2) value = std::min(value, lane_xor(value, mask, wave_width()));
+  return value;
+}
+
+__device__ inline double max_over_wave(double value) { return -min_over_wave(-value); }
+
 __device__ inline int lane_of_thread() { return static_cast<int>(threadIdx.x) % wave_width(); }
 __device__ inline int wave_of_thread() { return static_cast<int>(threadIdx.x) / wave_width(); }
 
 // ---------------------------------------------------------------------------------------- launching
 
 constexpr int kThreads = 256;  // a block of the kernels that have no reason for another number
+
+// Launches cost more than they do where atoms and systems are few: one block takes all steps.
+constexpr int64_t kSmall = 2048;
+constexpr int kSmallThreads = 512;
 
 inline void check_launch(const char* kernel) {
   const hipError_t error = hipGetLastError();
@@ -270,23 +281,65 @@ __device__ inline double block_sums(double (&values)[kCount], int used = kThread
   return sum;
 }
 
+// ------------------------------------------------------------------------------- ranges by atomics
+
+// Doubles as integers of the same order.
+__device__ inline uint64_t ordered_bits(double value) {
+  union {
+    double number;
+    uint64_t bits;
+  } u;
+  u.number = value;
+  return u.bits >> 63 != 0 ? ~u.bits : u.bits | uint64_t(1) << 63;
+}
+
+__device__ inline double from_ordered_bits(uint64_t bits) {
+  union {
+    uint64_t bits;
+    double number;
+  } u;
+  u.bits = bits >> 63 != 0 ? bits & ~(uint64_t(1) << 63) : ~bits;
+  return u.number;
+}
+
+__device__ inline uint64_t look_at(const uint64_t& bound) {
+  return *static_cast<const volatile uint64_t*>(&bound);
+}
+
+// `seen` is what the bound was a moment ago: most atoms move no bound.
+__device__ inline void lower_to(uint64_t* bound, uint64_t seen, double value) {
+  const uint64_t bits = ordered_bits(value);
+  if (bits < seen) atomicMin(reinterpret_cast<unsigned long long*>(bound), bits);
+}
+
+__device__ inline void raise_to(uint64_t* bound, uint64_t seen, double value) {
+  const uint64_t bits = ordered_bits(value);
+  if (bits > seen) atomicMax(reinterpret_cast<unsigned long long*>(bound), bits);
+}
+
 // ------------------------------------------------------------------------------------------ memory
 
-// Writes the triples of the first `count` lanes of a wave to out[0 .. 3 count). Through shared memory, so that the
-// lanes write consecutive words; `stage` holds 3 words a lane of this wave. All lanes call it.
+// Writes one triple of each lane of a wave, the one of `place` 0 first, to out[0 .. 3 count), if its place is
+// below `count`. Through shared memory, so that the lanes write consecutive words; `stage` holds 3 words a lane of
+// this wave. All lanes call it, each with another place.
 template <typename W>
-__device__ inline void store_triples(W* out, int count, W x, W y, W z, W* stage) {
-  const int lane = lane_of_thread();
-  stage[3 * lane] = x;
-  stage[3 * lane + 1] = y;
-  stage[3 * lane + 2] = z;
+__device__ inline void store_triples_at(W* out, int place, int count, W x, W y, W z, W* stage) {
+  stage[3 * place] = x;
+  stage[3 * place + 1] = y;
+  stage[3 * place + 2] = z;
   wave_sync();
   DIFFNL_UNROLL(3)
   for (int k = 0; k < 3; ++k) {
-    const int word = lane + k * wave_width();
+    const int word = lane_of_thread() + k * wave_width();
     if (word < 3 * count) out[word] = stage[word];
   }
   wave_sync();
+}
+
+// The triples of the first `count` lanes.
+template <typename W>
+__device__ inline void store_triples(W* out, int count, W x, W y, W z, W* stage) {
+  store_triples_at(out, lane_of_thread(), count, x, y, z, stage);
 }
 
 template <typename T>

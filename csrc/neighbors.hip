@@ -7,6 +7,7 @@
 // earlier bins of its stencil, which is an exclusive sum over its segments, plus the number of bits below in its
 // word.
 
+#include "padding_gpu.h"
 #include "traverse_gpu.h"
 
 namespace diffnl {
@@ -95,12 +96,15 @@ struct FillSink {
     Shift S{0, 0, 0};
     if (lane < count) {
       S = shift_between(home, a, near, j);
-      out.mapping[p + lane] = i.index;
-      out.mapping[out.num_pairs + p + lane] = j.index();
+      if (out.mapping != nullptr) {
+        out.mapping[p + lane] = i.index;
+        out.mapping[out.num_pairs + p + lane] = j.index();
+      }
       if (out.links != nullptr)
         out.links[p + lane] =
             Link::make(j.index(), near.rank[t] + __popc(near.hits[t] & ((1u << a) - 1)), S.s0, S.s1, S.s2);
     }
+    if (out.mapping == nullptr) return;
     // Most pairs do not leave the cell: nothing to put in order, nothing to multiply.
     Vec3<T> moved = unmoved;
     if (wave_ballot((S.s0 | S.s1 | S.s2) != 0) == 0) {
@@ -165,26 +169,14 @@ struct FillSink {
   }
 };
 
-// Fills what the pairs leave of a padded list, by all threads of a grid. An empty slot holds the last atom with
-// itself, at the length of the cutoff: rows stay in order, and a smooth envelope makes nothing of such a pair.
 template <typename T>
-__device__ inline void pad_slots(const GpuSearch<T>& s, const GpuPairs<T>& out) {
-  const bool failed = has_failed(s);
-  const int64_t last_atom = s.num_atoms > 0 ? s.num_atoms - 1 : 0;
-  const T length = failed ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(s.cutoff);
-  int64_t p = (failed ? 0 : *s.num_pairs) + int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (; p < s.capacity; p += int64_t(gridDim.x) * blockDim.x) {
-    out.mapping[p] = out.mapping[s.capacity + p] = last_atom;
-    for (int k = 0; k < 3; ++k) {
-      out.shifts[3 * p + k] = 0;
-      out.vectors[3 * p + k] = k == 0 ? length : 0 * length;
-    }
-  }
+__device__ inline Padding padding_of(const GpuSearch<T>& s) {
+  return {s.num_pairs, s.capacity, s.num_atoms, s.cutoff};
 }
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void pad_list(GpuSearch<T> s, GpuPairs<T> out) {
-  pad_slots(s, out);
+  pad_slots(padding_of(s), out);
 }
 
 // Unless `room` is negative, the number of pairs has to be read here, and nothing is written where they exceed it.
@@ -194,8 +186,9 @@ __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s
   __shared__ Candidates near;
   __shared__ Rows<T> rows;
   if (room >= 0) {
+    if (is_idle(s.needed)) return;
     // Vectors that are still to come belong to a list that is still to be sorted.
-    if (s.capacity >= 0 && out.vectors != nullptr) pad_slots(s, out);
+    if (s.capacity >= 0 && out.vectors != nullptr) pad_slots(padding_of(s), out);
     if (has_failed(s)) return;
     const int64_t num_pairs = s.offsets[s.num_atoms];
     if (s.capacity < 0) out.num_pairs = num_pairs;

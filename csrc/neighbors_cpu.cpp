@@ -32,12 +32,24 @@ int64_t pairs_in_memory() {
   return bytes / static_cast<int64_t>(2 * sizeof(int64_t) + 3 * sizeof(int32_t) + 3 * sizeof(T));
 }
 
+// One of the lists that a search makes.
+template <typename T>
+struct List {
+  T cutoff2;
+  std::vector<int64_t>
+      next;  // (N,), by the caller's number of the atom: the length of its row, then where it goes on
+  std::vector<int64_t> offsets;  // (N + 1,): row i is pairs offsets[i] .. offsets[i + 1]
+  PairOutput<T> out;
+
+  List(double cutoff, size_t num_atoms)
+      : cutoff2(static_cast<T>(cutoff * cutoff)), next(num_atoms, 0), offsets(num_atoms + 1, 0), out{} {}
+};
+
 // What the traversal and both sinks share.
 template <typename T>
 struct Search {
   const SearchInput<T>& in;
   const CellList<T>& list;
-  T cutoff2;
 
   Vec3<T> position(int64_t a) const {
     const auto& r = list.atoms().r;
@@ -45,10 +57,15 @@ struct Search {
     return {r[0][at], r[1][at], r[2][at]};
   }
 
-  // Entries of the tile that are neighbours of sorted atom a, after `measure`. Returns how many.
-  int select(Tile<T>& tile, int64_t a, Selection& chosen) const {
-    if (tile.home_first <= a && a < tile.home_last)  // (i, i, S = 0) is not a pair
+  // (i, i, S = 0) is not a pair.
+  void measure_others(Tile<T>& tile, int64_t a) const {
+    measure(tile, position(a));
+    if (tile.home_first <= a && a < tile.home_last)
       tile.d2[static_cast<size_t>(a - tile.home_shift)] = std::numeric_limits<T>::infinity();
+  }
+
+  // Entries of the tile that are neighbours of sorted atom a, after `measure_others`. Returns how many.
+  int select(const Tile<T>& tile, int64_t a, T cutoff2, Selection& chosen) const {
     const int count = select_below(tile.d2.data(), tile.size, cutoff2, chosen.data());
     if (in.full) return count;
     const int64_t i = list.atoms().index[static_cast<size_t>(a)];
@@ -65,73 +82,94 @@ struct Search {
 template <typename T>
 struct CountSink {
   const Search<T>& search;
-  int64_t* counts;  // (N,), by the caller's number of the atom
+  std::vector<List<T>>& lists;
   Selection chosen;
 
+  // Returns how many pairs of the longest list are new.
   int take(Tile<T>& tile, int64_t a) {
-    int count;
+    const size_t i = static_cast<size_t>(search.list.atoms().index[static_cast<size_t>(a)]);
+    const int64_t before = lists[0].next[i];
     if (search.in.full) {
-      count = count_within(tile, search.position(a), search.cutoff2);
+      const Vec3<T> ri = search.position(a);
+      size_t k = 0;
+      for (; k + 2 <= lists.size(); k += 2) {
+        const auto counts = count_within(tile, ri, {lists[k].cutoff2, lists[k + 1].cutoff2});
+        lists[k].next[i] += counts[0];
+        lists[k + 1].next[i] += counts[1];
+      }
+      if (k < lists.size()) lists[k].next[i] += count_within(tile, ri, lists[k].cutoff2);
       // (i, i, S = 0), at distance 0: counted unless cutoff * cutoff has rounded to 0.
-      if (tile.home_first <= a && a < tile.home_last && search.cutoff2 > 0) --count;
+      if (tile.home_first <= a && a < tile.home_last)
+        for (List<T>& list : lists) list.next[i] -= list.cutoff2 > 0;
     } else {
-      measure(tile, search.position(a));
-      count = search.select(tile, a, chosen);
+      search.measure_others(tile, a);
+      for (List<T>& list : lists) list.next[i] += search.select(tile, a, list.cutoff2, chosen);
     }
-    counts[search.list.atoms().index[static_cast<size_t>(a)]] += count;
-    return count;
+    return static_cast<int>(lists[0].next[i] - before);
   }
 
+  void translated(Tile<T>&, bool) {}
   void finish(int64_t, int64_t) {}
 };
 
 template <typename T>
 struct FillSink {
   const Search<T>& search;
-  PairOutput<T> out;
-  const int64_t* offsets;  // (N + 1,): row i is pairs offsets[i] .. offsets[i + 1]
-  int64_t* next;           // (N,): where the row continues
+  std::vector<List<T>>& lists;
   Selection chosen;
 
   int take(Tile<T>& tile, int64_t a) {
     const Vec3<T> ri = search.position(a);
-    measure(tile, ri);
-    const int count = search.select(tile, a, chosen);
     const int64_t i = search.list.atoms().index[static_cast<size_t>(a)];
-    const int64_t first = next[i];
-    next[i] += count;
-    std::fill_n(out.mapping + first, count, i);
-    write_row(tile, ri, chosen.data(), count, out.mapping + out.capacity + first, out.shifts + 3 * first,
-              out.vectors + 3 * first);
-    return count;
+    search.measure_others(tile, a);
+    for (List<T>& list : lists) {
+      const PairOutput<T>& out = list.out;
+      const int count = search.select(tile, a, list.cutoff2, chosen);
+      const int64_t first = list.next[static_cast<size_t>(i)];
+      list.next[static_cast<size_t>(i)] += count;
+      std::fill_n(out.mapping + first, count, i);
+      write_row(tile, ri, chosen.data(), count, out.mapping + out.capacity + first, out.shifts + 3 * first,
+                out.vectors + 3 * first);
+    }
+    return 0;  // all were counted before
   }
 
-  // The rows of sorted atoms first .. last are complete: put them in order of (j, S).
+  void translated(Tile<T>& tile, bool first) {
+    if (first) pack_candidates(tile);
+    pack_translations(tile);
+  }
+
+  // The rows of sorted atoms first .. last are complete.
   void finish(int64_t first, int64_t last) {
     if (!search.in.sorted) return;
-    struct Entry {
-      int64_t j;
-      std::array<int32_t, 3> shift;
-      std::array<T, 3> vector;
-    };
-    std::vector<Entry> row;
-    for (int64_t a = first; a < last; ++a) {
-      const int64_t i = search.list.atoms().index[static_cast<size_t>(a)];
-      row.clear();
-      for (int64_t p = offsets[i]; p < offsets[i + 1]; ++p) {
-        const int32_t* s = out.shifts + 3 * p;
-        const T* v = out.vectors + 3 * p;
-        row.push_back({out.mapping[out.capacity + p], {s[0], s[1], s[2]}, {v[0], v[1], v[2]}});
-      }
-      std::sort(row.begin(), row.end(), [](const Entry& one, const Entry& other) {
-        return one.j != other.j ? one.j < other.j : one.shift < other.shift;
-      });
-      for (size_t n = 0; n < row.size(); ++n) {
-        const int64_t p = offsets[i] + static_cast<int64_t>(n);
-        out.mapping[out.capacity + p] = row[n].j;
-        std::copy_n(row[n].shift.begin(), 3, out.shifts + 3 * p);
-        std::copy_n(row[n].vector.begin(), 3, out.vectors + 3 * p);
-      }
+    for (const List<T>& list : lists)
+      for (int64_t a = first; a < last; ++a) sort_row(list, search.list.atoms().index[static_cast<size_t>(a)]);
+  }
+
+  // Puts row i in order of (j, S).
+  struct Entry {
+    int64_t j;
+    std::array<int32_t, 3> shift;
+    std::array<T, 3> vector;
+  };
+  std::vector<Entry> row;
+  void sort_row(const List<T>& list, int64_t i) {
+    const PairOutput<T>& out = list.out;
+    const int64_t first = list.offsets[static_cast<size_t>(i)], last = list.offsets[static_cast<size_t>(i) + 1];
+    row.clear();
+    for (int64_t p = first; p < last; ++p) {
+      const int32_t* s = out.shifts + 3 * p;
+      const T* v = out.vectors + 3 * p;
+      row.push_back({out.mapping[out.capacity + p], {s[0], s[1], s[2]}, {v[0], v[1], v[2]}});
+    }
+    std::sort(row.begin(), row.end(), [](const Entry& one, const Entry& other) {
+      return one.j != other.j ? one.j < other.j : one.shift < other.shift;
+    });
+    for (size_t n = 0; n < row.size(); ++n) {
+      const int64_t p = first + static_cast<int64_t>(n);
+      out.mapping[out.capacity + p] = row[n].j;
+      std::copy_n(row[n].shift.begin(), 3, out.shifts + 3 * p);
+      std::copy_n(row[n].vector.begin(), 3, out.vectors + 3 * p);
     }
   }
 };
@@ -171,6 +209,7 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
         tile.w1 = w1;
         tile.w2 = w2;
         translate(tile, h);
+        sink.translated(tile, a == first);
       }
       found += sink.take(tile, a);
     }
@@ -261,25 +300,32 @@ void traverse(const Search<T>& search, Budget& budget, const MakeSink& make_sink
 }  // namespace
 
 template <typename T>
-void search_cpu(const SearchInput<T>& in, const std::function<PairOutput<T>(int64_t)>& allocate) {
-  const CellList<T> list(in);
-  const Search<T> search{in, list, static_cast<T>(in.cutoff * in.cutoff)};
-
+void search_cpu(const SearchInput<T>& in, const std::vector<double>& shorter,
+                const std::function<PairOutput<T>(size_t, int64_t)>& allocate) {
+  const CellList<T> cells(in);
+  const Search<T> search{in, cells};
   const size_t n = static_cast<size_t>(in.num_atoms);
-  std::vector<int64_t> counts(n, 0), offsets(n + 1, 0);
-  Budget memory(pairs_in_memory<T>());
-  traverse(search, memory, [&] { return CountSink<T>{search, counts.data(), {}}; });
-  for (size_t i = 0; i < n; ++i) offsets[i + 1] = offsets[i] + counts[i];
-  const int64_t num_pairs = offsets[n];
-  if (memory.exhausted()) data_error("out_of_memory", num_pairs);
+  std::vector<List<T>> lists;
+  lists.emplace_back(in.cutoff, n);
+  for (const double cutoff : shorter) lists.emplace_back(cutoff, n);
 
-  const PairOutput<T> out = allocate(num_pairs);
-  std::copy_n(offsets.begin(), n, counts.begin());  // from here on: where each row continues
+  Budget memory(pairs_in_memory<T>());
+  traverse(search, memory, [&] { return CountSink<T>{search, lists, {}}; });
+  for (List<T>& list : lists)
+    for (size_t i = 0; i < n; ++i) list.offsets[i + 1] = list.offsets[i] + list.next[i];
+  if (memory.exhausted()) data_error("out_of_memory", lists[0].offsets[n]);
+
+  for (size_t k = 0; k < lists.size(); ++k) {
+    lists[k].out = allocate(k, lists[k].offsets[n]);
+    std::copy_n(lists[k].offsets.begin(), n, lists[k].next.begin());
+  }
   Budget unlimited(std::numeric_limits<int64_t>::max());
-  traverse(search, unlimited, [&] { return FillSink<T>{search, out, offsets.data(), counts.data(), {}}; });
+  traverse(search, unlimited, [&] { return FillSink<T>{search, lists, {}, {}}; });
 }
 
-template void search_cpu(const SearchInput<float>&, const std::function<PairOutput<float>(int64_t)>&);
-template void search_cpu(const SearchInput<double>&, const std::function<PairOutput<double>(int64_t)>&);
+template void search_cpu(const SearchInput<float>&, const std::vector<double>&,
+                         const std::function<PairOutput<float>(size_t, int64_t)>&);
+template void search_cpu(const SearchInput<double>&, const std::vector<double>&,
+                         const std::function<PairOutput<double>(size_t, int64_t)>&);
 
 }  // namespace diffnl

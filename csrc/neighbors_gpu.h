@@ -85,7 +85,8 @@ struct Summary {
   uint64_t fault;  // 0 or `pack_fault`
   uint32_t num_bins;
   uint32_t longest_row;
-  uint32_t linkable;  // segments and shifts fit
+  uint32_t linkable;     // segments and shifts fit
+  uint32_t must_search;  // of a selection: the candidates do not hold all pairs
 };
 
 // Small state of a search on the device, zero at the start.
@@ -97,6 +98,7 @@ struct SearchState {
   unsigned unlinkable;       // segments or shifts do not fit a Link
   unsigned abandoned;        // more pairs than memory holds
   unsigned wrapped, binned;  // blocks that have done so
+  unsigned interleaved;      // the atoms of systems are not in one piece each: found when rows are sorted
 };
 
 template <typename T>
@@ -116,7 +118,8 @@ struct GpuSearch {
   T cutoff2;
   bool full;
   SearchPrices prices;
-  int64_t likely_bins;  // a guess of the number of bins, for as many blocks; 0: none
+  int64_t likely_bins;     // a guess of the number of bins, for as many blocks; 0: none
+  const unsigned* needed;  // 0: nobody needs this search, which was launched before that was known; null: it is
 
   SearchState* state;
   GpuSystem* systems;        // (B,)
@@ -144,7 +147,7 @@ struct GpuSearch {
   int64_t* num_pairs;        // () of a padded list, as it is told in ops.cpp
 };
 
-// The list. Its arrays are packed for P pairs, whatever room they have.
+// The list. Its arrays are packed for P pairs, whatever room they have. Links may stand alone.
 template <typename T>
 struct GpuPairs {
   int64_t* mapping;  // (2, P)
@@ -162,10 +165,13 @@ template <typename T>
 void build_cell_list(const GpuSearch<T>& search, GpuStream stream);
 
 // Exclusive sum of `counts` (size,) into `offsets` (size + 1,), which hold uint32_t or int64_t; `largest`, unless
-// null, is raised to the largest count.
+// null, is raised to the largest count. Nothing happens where `needed` holds 0.
 template <typename Offset>
 void scan_counts(const uint32_t* counts, int64_t size, uint64_t* partial_sums, Offset* offsets, uint32_t* largest,
-                 GpuStream stream);
+                 const unsigned* needed, GpuStream stream);
+
+// Whether there is nothing to do: what was launched in advance must ask.
+DIFFNL_HD inline bool is_idle(const unsigned* needed) { return needed != nullptr && *needed == 0; }
 
 // Whether there is a list: what was launched without waiting for the number of pairs must ask.
 template <typename T>

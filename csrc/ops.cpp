@@ -34,6 +34,10 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
       "padded_neighbor_pairs(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float cutoff, "
       "SymInt capacity, bool full=True, bool sorted=False) "
       "-> (Tensor mapping, Tensor shifts, Tensor vectors, Tensor num_pairs)");
+  // Several lists of one search, for descending cutoffs: mapping, shifts and vectors of each. On the CPU.
+  m.def(
+      "neighbor_lists(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float[] cutoffs, "
+      "bool full=True, bool sorted=False) -> Tensor[]");
   // A full list with links: the pairs again in 8 bytes each, for the backward. `rows` holds what the links count
   // on: the first pair of each row (N + 1), the atoms in an order that groups systems (N), the first of each
   // system (B + 1). A list that cannot be linked comes with empty `links` and `rows`.
@@ -56,18 +60,35 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
   m.def(
       "compact_candidates(Tensor mapping, Tensor shifts, Tensor? system_idx, SymInt num_atoms, SymInt "
       "num_systems) "
-      "-> (Tensor offsets, Tensor j, Tensor image, Tensor uniform, Tensor images)");
+      "-> (Tensor offsets, Tensor j, Tensor image, Tensor images)");
   m.def(
       "candidates_hold(Tensor old_positions, Tensor old_cell, Tensor positions, Tensor cell, Tensor pbc, "
       "Tensor? system_idx, float cutoff, float radius) -> bool");
   // With a capacity, a padded list.
   m.def(
-      "select_candidates(Tensor positions, Tensor cell, Tensor offsets, Tensor j, Tensor image, Tensor uniform, "
-      "Tensor images, float cutoff, int? capacity=None) "
+      "select_candidates(Tensor positions, Tensor cell, Tensor offsets, Tensor j, Tensor image, Tensor images, "
+      " float cutoff, int? capacity=None) "
       "-> (Tensor mapping, Tensor shifts, Tensor vectors, Tensor num_pairs)");
+  // Candidates (candidates_gpu.h), of a full list: on a GPU. Links and rows as of a linked list, rows of links in
+  // order of (j, S); of a list that cannot be linked both are empty.
   m.def(
-      "closer_pairs(Tensor mapping, Tensor shifts, Tensor vectors, float cutoff) "
-      "-> (Tensor mapping, Tensor shifts, Tensor vectors)");
+      "search_candidates(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float radius) "
+      "-> (Tensor links, Tensor rows)");
+  // The pairs within a shorter cutoff, sorted. `count` is -1 if, when asked, the candidates turn out not to hold
+  // them all. Links and rows are empty unless `linked`.
+  m.def(
+      "select_linked(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, Tensor kept_positions, "
+      "Tensor kept_cell, Tensor kept_pbc, Tensor? kept_system_idx, Tensor links, Tensor rows, float cutoff, "
+      "float radius, bool full, bool linked, bool ask) "
+      "-> (int count, Tensor mapping, Tensor shifts, Tensor vectors, Tensor links, Tensor rows)");
+  // The same padded: the device searches anew if it must, and keeps what it has found. `num_candidates` (), at
+  // first -1, is the `num_pairs` of a padded list; `tally` (2,) counts searches, and calls that did without.
+  m.def(
+      "padded_select_linked(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, "
+      "Tensor(a!) kept_positions, Tensor(b!) kept_cell, Tensor(c!) kept_pbc, Tensor(d!)? kept_system_idx, "
+      "Tensor(e!) kept_links, Tensor(f!) kept_rows, Tensor(g!) num_candidates, Tensor(h!) tally, float cutoff, "
+      "float radius, int capacity, bool full, bool linked) -> (Tensor mapping, Tensor shifts, Tensor vectors, "
+      "Tensor num_pairs, Tensor links, Tensor rows)");
   m.def("build_info() -> str");
 }
 

@@ -131,10 +131,31 @@ std::tuple<Tensor, Tensor, Tensor> neighbor_pairs(const Tensor& positions, const
                                                   const std::optional<Tensor>& system_idx, double cutoff,
                                                   bool full, bool sorted) {
   const auto search = [&]<typename T>(const SearchInput<T>& in) -> std::tuple<Tensor, Tensor, Tensor> {
-    const Outputs found = exact_list<T>(positions, [&](const auto& allocate) { search_cpu<T>(in, allocate); });
+    const Outputs found = exact_list<T>(positions, [&](const auto& allocate) {
+      search_cpu<T>(in, {}, [&](size_t, int64_t num_pairs) { return allocate(num_pairs); });
+    });
     return {found.mapping, found.shifts, found.vectors};
   };
   return with_search_input(positions, cell, pbc, system_idx, cutoff, full, sorted, search);
+}
+
+// mapping, shifts and vectors of each cutoff, the longest first.
+std::vector<Tensor> neighbor_lists(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
+                                   const std::optional<Tensor>& system_idx, std::vector<double> cutoffs, bool full,
+                                   bool sorted) {
+  require(!cutoffs.empty() && std::is_sorted(cutoffs.rbegin(), cutoffs.rend()), "`cutoffs` must descend");
+  const std::vector<double> shorter(cutoffs.begin() + 1, cutoffs.end());
+  const auto search = [&]<typename T>(const SearchInput<T>& in) {
+    std::vector<Tensor> found;
+    search_cpu<T>(in, shorter, [&](size_t, int64_t num_pairs) {
+      check_memory(num_pairs, bytes_of<T>(num_pairs));
+      const Outputs list(positions, num_pairs);
+      found.insert(found.end(), {list.mapping, list.shifts, list.vectors});
+      return list.pointers<T>();
+    });
+    return found;
+  };
+  return with_search_input(positions, cell, pbc, system_idx, cutoffs[0], full, sorted, search);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> padded_neighbor_pairs(const Tensor& positions, const Tensor& cell,
@@ -143,7 +164,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> padded_neighbor_pairs(const Tensor& p
                                                                  double cutoff, int64_t capacity, bool full,
                                                                  bool sorted) {
   const auto search = [&]<typename T>(const SearchInput<T>& in) {
-    return padded_list<T>(positions, cutoff, capacity, [&](const auto& allocate) { search_cpu<T>(in, allocate); });
+    return padded_list<T>(positions, cutoff, capacity, [&](const auto& allocate) {
+      search_cpu<T>(in, {}, [&](size_t, int64_t num_pairs) { return allocate(num_pairs); });
+    });
   };
   return with_search_input(positions, cell, pbc, system_idx, cutoff, full, sorted, search);
 }
@@ -209,23 +232,21 @@ std::tuple<Tensor, Tensor> pair_vectors_adjoint(const Tensor& grad, const Tensor
 
 // ------------------------------------------------------------------------------------- candidates
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_candidates(const Tensor& mapping, const Tensor& shifts,
-                                                                      const std::optional<Tensor>& system_idx,
-                                                                      int64_t num_atoms, int64_t num_systems) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_candidates(const Tensor& mapping, const Tensor& shifts,
+                                                              const std::optional<Tensor>& system_idx,
+                                                              int64_t num_atoms, int64_t num_systems) {
   const HeldList held(mapping, shifts, system_idx, num_atoms, num_systems, true);
   require(num_atoms < (int64_t(1) << 31), "`positions` must hold fewer than 2**31 atoms");
   const int64_t count = held.capacity();
   const Tensor offsets = empty(mapping, {num_atoms + 1}, ScalarType::Long);
   const Tensor j = empty_on_large_pages(mapping, {count}, ScalarType::Int);
   const Tensor image = empty_on_large_pages(mapping, {count}, ScalarType::Int);
-  const Tensor uniform = empty(mapping, {num_atoms}, ScalarType::Int);
-  const CompactList out{mutable_data<int64_t>(offsets), mutable_data<int32_t>(j), mutable_data<int32_t>(image),
-                        mutable_data<int32_t>(uniform)};
+  const CompactList out{mutable_data<int64_t>(offsets), mutable_data<int32_t>(j), mutable_data<int32_t>(image)};
   std::vector<int32_t> found;
   compact(list_of(held, count, num_atoms, num_systems), out, found);
   const Tensor images = empty(mapping, {static_cast<int64_t>(found.size()) / 4, 4}, ScalarType::Int);
   std::copy(found.begin(), found.end(), mutable_data<int32_t>(images));
-  return {offsets, j, image, uniform, images};
+  return {offsets, j, image, images};
 }
 
 bool candidates_hold(const Tensor& old_positions, const Tensor& old_cell, const Tensor& positions,
@@ -252,18 +273,15 @@ bool candidates_hold(const Tensor& old_positions, const Tensor& old_cell, const 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_candidates(const Tensor& positions, const Tensor& cell,
                                                              const Tensor& offsets, const Tensor& j,
-                                                             const Tensor& image, const Tensor& uniform,
-                                                             const Tensor& images, double cutoff,
-                                                             std::optional<int64_t> capacity) {
+                                                             const Tensor& image, const Tensor& images,
+                                                             double cutoff, std::optional<int64_t> capacity) {
   check_vectors(positions, cell);
   const Tensor r = packed(positions), h = packed(cell);
   check_shape(offsets, "offsets", {r.size(0) + 1});
-  check_shape(uniform, "uniform", {r.size(0)});
   check_shape(image, "image", {j.size(0)});
   check_shape(images, "images", {-1, 4});
-  const Candidates candidates{data<int64_t>(offsets), data<int32_t>(j),      data<int32_t>(image),
-                              data<int32_t>(uniform), data<int32_t>(images), r.size(0),
-                              images.size(0)};
+  const Candidates candidates{data<int64_t>(offsets), data<int32_t>(j), data<int32_t>(image),
+                              data<int32_t>(images),  r.size(0),        images.size(0)};
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> found;
   by_dtype(r, [&](auto zero) {
     using T = decltype(zero);
@@ -282,31 +300,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_candidates(const Tensor& posit
   return *found;
 }
 
-std::tuple<Tensor, Tensor, Tensor> closer_pairs(const Tensor& mapping, const Tensor& shifts, const Tensor& vectors,
-                                                double cutoff) {
-  const HeldList held(mapping, shifts, std::nullopt, 0, 1, true);
-  check_shape(vectors, "vectors", {held.capacity(), 3});
-  const Tensor v = packed(vectors);
-  std::optional<Outputs> found;
-  by_dtype(v, [&](auto zero) {
-    using T = decltype(zero);
-    const PairList list = list_of(held, held.capacity(), 0, 1);
-    found = exact_list<T>(v, [&](const auto& allocate) { closer_cpu<T>(list, data<T>(v), cutoff, allocate); });
-  });
-  return {found->mapping, found->shifts, found->vectors};
-}
-
 }  // namespace
 
 }  // namespace diffnl
 
 STABLE_TORCH_LIBRARY_IMPL(diffnl, CPU, m) {
   m.impl("neighbor_pairs", TORCH_BOX(&diffnl::neighbor_pairs));
+  m.impl("neighbor_lists", TORCH_BOX(&diffnl::neighbor_lists));
   m.impl("padded_neighbor_pairs", TORCH_BOX(&diffnl::padded_neighbor_pairs));
   m.impl("compact_candidates", TORCH_BOX(&diffnl::compact_candidates));
   m.impl("candidates_hold", TORCH_BOX(&diffnl::candidates_hold));
   m.impl("select_candidates", TORCH_BOX(&diffnl::select_candidates));
-  m.impl("closer_pairs", TORCH_BOX(&diffnl::closer_pairs));
   m.impl("pair_vectors", TORCH_BOX(&diffnl::pair_vectors));
   m.impl("pair_vectors_adjoint", TORCH_BOX(&diffnl::pair_vectors_adjoint));
 }

@@ -19,7 +19,9 @@ struct Max {
 
 // partial_sums[block] = sum of one block's counts.
 __global__ __launch_bounds__(kThreads) void sum_counts(const uint32_t* counts, int64_t size,
-                                                       uint64_t* partial_sums, uint32_t* largest) {
+                                                       uint64_t* partial_sums, uint32_t* largest,
+                                                       const unsigned* needed) {
+  if (is_idle(needed)) return;
   const int64_t first = int64_t(blockIdx.x) * kScanBlock;
   unsigned long long sum = 0;
   unsigned most = 0;
@@ -37,8 +39,10 @@ __global__ __launch_bounds__(kThreads) void sum_counts(const uint32_t* counts, i
 // Each block adds up the sums of the blocks before it by itself: they are few.
 template <typename Offset>
 __global__ __launch_bounds__(kThreads) void scan_block(const uint32_t* counts, int64_t size,
-                                                       const uint64_t* partial_sums, Offset* offsets) {
+                                                       const uint64_t* partial_sums, Offset* offsets,
+                                                       const unsigned* needed) {
   __shared__ uint64_t shared_before;
+  if (is_idle(needed)) return;
   unsigned long long sum = 0;
   for (unsigned k = threadIdx.x; k < blockIdx.x; k += kThreads) sum += partial_sums[k];
   sum = block_reduce<kThreads>(sum, Sum());
@@ -56,13 +60,13 @@ int64_t partial_sums_for(int64_t size) { return blocks_for(size, kScanBlock); }
 
 template <typename Offset>
 void scan_counts(const uint32_t* counts, int64_t size, uint64_t* partial_sums, Offset* offsets, uint32_t* largest,
-                 GpuStream stream) {
+                 const unsigned* needed, GpuStream stream) {
   const int64_t blocks = partial_sums_for(size);
-  DIFFNL_LAUNCH(sum_counts, blocks, kThreads, stream, counts, size, partial_sums, largest);
-  DIFFNL_LAUNCH(scan_block<Offset>, blocks, kThreads, stream, counts, size, partial_sums, offsets);
+  DIFFNL_LAUNCH(sum_counts, blocks, kThreads, stream, counts, size, partial_sums, largest, needed);
+  DIFFNL_LAUNCH(scan_block<Offset>, blocks, kThreads, stream, counts, size, partial_sums, offsets, needed);
 }
 
-template void scan_counts(const uint32_t*, int64_t, uint64_t*, uint32_t*, uint32_t*, GpuStream);
-template void scan_counts(const uint32_t*, int64_t, uint64_t*, int64_t*, uint32_t*, GpuStream);
+template void scan_counts(const uint32_t*, int64_t, uint64_t*, uint32_t*, uint32_t*, const unsigned*, GpuStream);
+template void scan_counts(const uint32_t*, int64_t, uint64_t*, int64_t*, uint32_t*, const unsigned*, GpuStream);
 
 }  // namespace diffnl

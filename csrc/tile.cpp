@@ -34,11 +34,51 @@ DIFFNL_INLINE void translate_loop(Tile<T>& t, const T* h) {
   }
 }
 
+// From components to candidates, four at a time; what lies behind the last one does not matter.
+template <typename T>
+DIFFNL_INLINE void pack_loop(const T* x, const T* y, const T* z, int size, T* packed) {
+  using V = typename Lanes<T>::type;
+  using N = typename Lanes<T>::number;
+  const V zero{0, 0, 0, 0};
+  for (int c = 0; c < size; c += 4) {
+    const V vx = lanes_at(x + c), vy = lanes_at(y + c), vz = lanes_at(z + c);
+    const V xy01 = __builtin_shuffle(vx, vy, N{0, 4, 1, 5}), xy23 = __builtin_shuffle(vx, vy, N{2, 6, 3, 7});
+    const V z01 = __builtin_shuffle(vz, zero, N{0, 4, 1, 5}), z23 = __builtin_shuffle(vz, zero, N{2, 6, 3, 7});
+    lanes_at(packed + 4 * c) = __builtin_shuffle(xy01, z01, N{0, 1, 4, 5});
+    lanes_at(packed + 4 * c + 4) = __builtin_shuffle(xy01, z01, N{2, 3, 6, 7});
+    lanes_at(packed + 4 * c + 8) = __builtin_shuffle(xy23, z23, N{0, 1, 4, 5});
+    lanes_at(packed + 4 * c + 12) = __builtin_shuffle(xy23, z23, N{2, 3, 6, 7});
+  }
+}
+
+template <typename T>
+DIFFNL_INLINE void pack_candidates_loop(Tile<T>& t) {
+  pack_loop(t.x.data(), t.y.data(), t.z.data(), t.size, t.r.data());
+  pack_loop(t.s0.data(), t.s1.data(), t.s2.data(), t.size, t.s.data());
+}
+
+template <typename T>
+DIFFNL_INLINE void pack_translations_loop(Tile<T>& t) {
+  pack_loop(t.tx.data(), t.ty.data(), t.tz.data(), t.size, t.t.data());
+}
+
 template <typename T>
 DIFFNL_INLINE int count_loop(const Tile<T>& t, Vec3<T> ri, T cutoff2) {
   int count = 0;
   for (int c = 0; c < t.size; ++c) count += squared_length(vector_to(t, c, ri)) < cutoff2 ? 1 : 0;
   return count;
+}
+
+template <typename T>
+DIFFNL_INLINE std::array<int, 2> count_loop(const Tile<T>& t, Vec3<T> ri, std::array<T, 2> cutoff2) {
+  const T first = cutoff2[0], second = cutoff2[1];
+  int in_first = 0, in_second = 0;
+  for (int c = 0; c < t.size; ++c) {
+    const T d2 = squared_length(vector_to(t, c, ri));
+    in_first += d2 < first ? 1 : 0;
+    in_second += d2 < second ? 1 : 0;
+  }
+  return {in_first, in_second};
 }
 
 template <typename T>
@@ -49,18 +89,23 @@ DIFFNL_INLINE void measure_loop(Tile<T>& t, Vec3<T> ri) {
 template <typename T>
 DIFFNL_INLINE void write_loop(const Tile<T>& t, Vec3<T> ri, const int32_t* __restrict chosen, int count,
                               int64_t* __restrict mapping_j, int32_t* __restrict shifts, T* __restrict vectors) {
+  using V = typename Lanes<T>::type;
+  using W = typename Lanes<int32_t>::type;
+  if (count == 0) return;
+  const T* __restrict r = t.r.data(), * __restrict s = t.s.data(), * __restrict translations = t.t.data();
+  const V w{t.w0, t.w1, t.w2, 0}, from{ri.x, ri.y, ri.z, 0};
   for (int n = 0; n < count; ++n) mapping_j[n] = t.j[chosen[n]];
-  for (int n = 0; n < count; ++n) {
-    const int c = chosen[n];
-    shifts[3 * n] = static_cast<int32_t>(t.s0[c] + t.w0);
-    shifts[3 * n + 1] = static_cast<int32_t>(t.s1[c] + t.w1);
-    shifts[3 * n + 2] = static_cast<int32_t>(t.s2[c] + t.w2);
-  }
-  for (int n = 0; n < count; ++n) {
-    const Vec3<T> v = vector_to(t, chosen[n], ri);
-    vectors[3 * n] = v.x;
-    vectors[3 * n + 1] = v.y;
-    vectors[3 * n + 2] = v.z;
+  // The spare component lands where the next pair follows; the last pair has none to spare.
+  const int last = count - 1, c = chosen[last];
+  for (int n = 0; n < last; ++n)
+    lanes_at(shifts + 3 * n) = __builtin_convertvector(lanes_at(s + 4 * chosen[n]) + w, W);
+  for (int n = 0; n < last; ++n)
+    lanes_at(vectors + 3 * n) = (lanes_at(r + 4 * chosen[n]) - from) + lanes_at(translations + 4 * chosen[n]);
+  const W S = __builtin_convertvector(lanes_at(s + 4 * c) + w, W);
+  const V v = (lanes_at(r + 4 * c) - from) + lanes_at(translations + 4 * c);
+  for (int k = 0; k < 3; ++k) {
+    shifts[3 * last + k] = S[k];
+    vectors[3 * last + k] = v[k];
   }
 }
 
@@ -77,34 +122,31 @@ DIFFNL_INLINE void gap_loop(const T* __restrict x, const T* __restrict y, const 
   }
 }
 
+// Four candidates at once: each is read as a whole, and the four are turned into components. Gathering component
+// by component takes three times as many loads.
 template <typename T>
-DIFFNL_INLINE Vec3<T> translation_of(const RowSource<T>& source, int32_t image) {
-  return {source.tx[image], source.ty[image], source.tz[image]};
-}
-
-template <typename T>
-DIFFNL_INLINE Vec3<T> position_of(const RowSource<T>& source, int32_t j) {
-  return {source.x[j], source.y[j], source.z[j]};
-}
-
-template <typename T>
-DIFFNL_INLINE void measure_candidates_loop(const RowSource<T>& source, const CandidateRow<T>& row,
-                                           T* __restrict d2) {
-  if (row.uniform >= 0) {
-    const Vec3<T> t = translation_of(source, row.uniform);
-    for (int c = 0; c < row.size; ++c)
-      d2[c] = squared_length(pair_vector<T>(row.ri, position_of(source, row.j[c]), t));
-  } else {
-    for (int c = 0; c < row.size; ++c)
-      d2[c] = squared_length(
-          pair_vector<T>(row.ri, position_of(source, row.j[c]), translation_of(source, row.image[c])));
+DIFFNL_INLINE void measure_candidates_loop(const RowSource<T>& source, const CandidateRow<T>& row, T* d2) {
+  using V = typename Lanes<T>::type;
+  using N = typename Lanes<T>::number;
+  const T *positions = source.positions, *translations = source.translations;
+  const int32_t *j = row.j, *image = row.image;
+  const V ri{row.ri.x, row.ri.y, row.ri.z, 0};
+  const auto vector_to = [&](int c) {
+    return (lanes_at(positions + 4 * int64_t(j[c])) - ri) + lanes_at(translations + 4 * int64_t(image[c]));
+  };
+  int c = 0;
+  for (; c + 4 <= row.size; c += 4) {
+    const V v0 = vector_to(c), v1 = vector_to(c + 1), v2 = vector_to(c + 2), v3 = vector_to(c + 3);
+    const V xy01 = __builtin_shuffle(v0, v1, N{0, 4, 1, 5}), xy23 = __builtin_shuffle(v2, v3, N{0, 4, 1, 5});
+    const V z01 = __builtin_shuffle(v0, v1, N{2, 6, 3, 7}), z23 = __builtin_shuffle(v2, v3, N{2, 6, 3, 7});
+    const V x = __builtin_shuffle(xy01, xy23, N{0, 1, 4, 5}), y = __builtin_shuffle(xy01, xy23, N{2, 3, 6, 7});
+    const V z = __builtin_shuffle(z01, z23, N{0, 1, 4, 5});
+    lanes_at(d2 + c) = (x * x + y * y) + z * z;
   }
-}
-
-template <typename T>
-DIFFNL_INLINE void measure_vectors_loop(const T* __restrict vectors, int size, T* __restrict d2) {
-  for (int c = 0; c < size; ++c)
-    d2[c] = squared_length<T>({vectors[3 * c], vectors[3 * c + 1], vectors[3 * c + 2]});
+  for (; c < row.size; ++c) {
+    const V v = vector_to(c);
+    d2[c] = squared_length<T>({v[0], v[1], v[2]});
+  }
 }
 
 // Selection: a branch for each entry would be mispredicted too often, so entries are compared several at a time
@@ -155,6 +197,11 @@ int select_sse2(const T* values, int size, T limit, int32_t* chosen) {
   return select_plain(values, whole, size, limit, chosen, count);
 }
 
+inline bool has_avx512() {
+  static const bool has = __builtin_cpu_supports("avx512f");
+  return has;
+}
+
 // AVX-512 compresses the numbers themselves.
 #define DIFFNL_AVX512 __attribute__((target("avx512f")))
 DIFFNL_AVX512 inline unsigned mask16_below(const float* values, float limit) {
@@ -181,17 +228,93 @@ DIFFNL_AVX512 int select_avx512(const T* values, int size, T limit, int32_t* cho
   return select_plain(values, whole, size, limit, chosen, count);
 }
 
+// Marks are the same bits kept in between.
+template <typename T>
+DIFFNL_AVX512 int mark_avx512(const T* values, int whole, T limit, uint16_t* marks) {
+  int count = 0;
+  for (int n = 0; n < whole; n += 16) {
+    const unsigned mask = mask16_below(values + n, limit);
+    marks[n / 16] = static_cast<uint16_t>(mask);
+    count += __builtin_popcount(mask);
+  }
+  return count;
+}
+
+template <typename T>
+int mark_sse2(const T* values, int whole, T limit, uint16_t* marks) {
+  int count = 0;
+  for (int n = 0; n < whole; n += 16) {
+    unsigned mask = 0;
+    for (int k = 0; k < 16; k += 4) mask |= static_cast<unsigned>(mask_below(values + n + k, limit)) << k;
+    marks[n / 16] = static_cast<uint16_t>(mask);
+    for (int k = 0; k < 16; k += 4) count += kSetBits.count[mask >> k & 15];
+  }
+  return count;
+}
+
+template <typename T>
+int mark_whole(const T* values, int whole, T limit, uint16_t* marks) {
+  return has_avx512() ? mark_avx512(values, whole, limit, marks) : mark_sse2(values, whole, limit, marks);
+}
+
+DIFFNL_AVX512 inline void select_marked_avx512(const uint16_t* marks, int size, int32_t* chosen) {
+  __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int n = 0; n < size; n += 16) {
+    _mm512_storeu_si512(chosen, _mm512_maskz_compress_epi32(static_cast<__mmask16>(marks[n / 16]), number));
+    number = _mm512_add_epi32(number, _mm512_set1_epi32(16));
+    chosen += __builtin_popcount(marks[n / 16]);
+  }
+}
+
+inline void select_marked_sse2(const uint16_t* marks, int size, int32_t* chosen) {
+  for (int n = 0; n < size; n += 4) {
+    const int mask = marks[n / 16] >> n % 16 & 15;
+    const __m128i position = _mm_load_si128(reinterpret_cast<const __m128i*>(kSetBits.position[mask]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(chosen), _mm_add_epi32(position, _mm_set1_epi32(n)));
+    chosen += kSetBits.count[mask];
+  }
+}
+
+inline void select_marked_loop(const uint16_t* marks, int size, int32_t* chosen) {
+  has_avx512() ? select_marked_avx512(marks, size, chosen) : select_marked_sse2(marks, size, chosen);
+}
+
 template <typename T>
 int select_loop(const T* values, int size, T limit, int32_t* chosen) {
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
-  return has_avx512 ? select_avx512(values, size, limit, chosen) : select_sse2(values, size, limit, chosen);
+  return has_avx512() ? select_avx512(values, size, limit, chosen) : select_sse2(values, size, limit, chosen);
 }
 #else
 template <typename T>
 int select_loop(const T* values, int size, T limit, int32_t* chosen) {
   return select_plain(values, 0, size, limit, chosen, 0);
 }
+template <typename T>
+int mark_whole(const T* values, int whole, T limit, uint16_t* marks) {
+  int count = 0;
+  for (int n = 0; n < whole; n += 16) {
+    unsigned mask = 0;
+    for (int k = 0; k < 16; ++k) mask |= (values[n + k] < limit ? 1u : 0u) << k;
+    marks[n / 16] = static_cast<uint16_t>(mask);
+    count += __builtin_popcount(mask);
+  }
+  return count;
+}
+inline void select_marked_loop(const uint16_t* marks, int size, int32_t* chosen) {
+  for (int n = 0; n < size; n += 16)
+    for (unsigned left = marks[n / 16]; left != 0; left &= left - 1) *chosen++ = n + __builtin_ctz(left);
+}
 #endif
+
+template <typename T>
+int mark_loop(const T* values, int size, T limit, uint16_t* marks) {
+  const int whole = size & ~15;
+  const int count = mark_whole(values, whole, limit, marks);
+  if (whole == size) return count;
+  unsigned mask = 0;
+  for (int n = whole; n < size; ++n) mask |= (values[n] < limit ? 1u : 0u) << (n - whole);
+  marks[whole / 16] = static_cast<uint16_t>(mask);
+  return count + __builtin_popcount(mask);
+}
 
 }  // namespace
 
@@ -199,10 +322,24 @@ int select_loop(const T* values, int size, T limit, int32_t* chosen) {
 DIFFNL_VECTOR_CLONES void translate(Tile<float>& tile, const float* h) { translate_loop(tile, h); }
 DIFFNL_VECTOR_CLONES void translate(Tile<double>& tile, const double* h) { translate_loop(tile, h); }
 
+DIFFNL_VECTOR_CLONES void pack_candidates(Tile<float>& tile) { pack_candidates_loop(tile); }
+DIFFNL_VECTOR_CLONES void pack_candidates(Tile<double>& tile) { pack_candidates_loop(tile); }
+DIFFNL_VECTOR_CLONES void pack_translations(Tile<float>& tile) { pack_translations_loop(tile); }
+DIFFNL_VECTOR_CLONES void pack_translations(Tile<double>& tile) { pack_translations_loop(tile); }
+
 DIFFNL_VECTOR_CLONES int count_within(const Tile<float>& tile, Vec3<float> ri, float cutoff2) {
   return count_loop(tile, ri, cutoff2);
 }
 DIFFNL_VECTOR_CLONES int count_within(const Tile<double>& tile, Vec3<double> ri, double cutoff2) {
+  return count_loop(tile, ri, cutoff2);
+}
+
+DIFFNL_VECTOR_CLONES std::array<int, 2> count_within(const Tile<float>& tile, Vec3<float> ri,
+                                                     std::array<float, 2> cutoff2) {
+  return count_loop(tile, ri, cutoff2);
+}
+DIFFNL_VECTOR_CLONES std::array<int, 2> count_within(const Tile<double>& tile, Vec3<double> ri,
+                                                     std::array<double, 2> cutoff2) {
   return count_loop(tile, ri, cutoff2);
 }
 
@@ -227,13 +364,6 @@ DIFFNL_VECTOR_CLONES void measure_candidates(const RowSource<double>& source, co
   measure_candidates_loop(source, row, d2);
 }
 
-DIFFNL_VECTOR_CLONES void measure_vectors(const float* vectors, int size, float* d2) {
-  measure_vectors_loop(vectors, size, d2);
-}
-DIFFNL_VECTOR_CLONES void measure_vectors(const double* vectors, int size, double* d2) {
-  measure_vectors_loop(vectors, size, d2);
-}
-
 DIFFNL_VECTOR_CLONES void measure_gaps4(const float* x, const float* y, const float* z, int size,
                                         Vec3<float> image, const Box<float>& box, float* gaps4) {
   gap_loop(x, y, z, size, image, box, gaps4);
@@ -249,5 +379,14 @@ int select_below(const float* values, int size, float limit, int32_t* chosen) {
 int select_below(const double* values, int size, double limit, int32_t* chosen) {
   return select_loop(values, size, limit, chosen);
 }
+
+int mark_below(const float* values, int size, float limit, uint16_t* marks) {
+  return mark_loop(values, size, limit, marks);
+}
+int mark_below(const double* values, int size, double limit, uint16_t* marks) {
+  return mark_loop(values, size, limit, marks);
+}
+
+void select_marked(const uint16_t* marks, int size, int32_t* chosen) { select_marked_loop(marks, size, chosen); }
 
 }  // namespace diffnl

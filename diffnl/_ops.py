@@ -88,28 +88,30 @@ def neighbor_pairs(
         raise
 
 
-def closer_pairs(
-    mapping: Tensor, shifts: Tensor, vectors: Tensor, cutoff: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Those pairs of a list (2, P), (P, 3), (P, 3) whose vectors are shorter than the cutoff, in order."""
-    if HAS_CANDIDATES and vectors.device.type == "cpu":
-        return _call(torch.ops.diffnl.closer_pairs.default, mapping, shifts, vectors, cutoff)
-    # One rounding an operation, as in the search.
-    x, y, z = vectors.square().unbind(1)
-    limit = torch.tensor(cutoff * cutoff, dtype=vectors.dtype)
-    (chosen,) = torch.nonzero((x + y) + z < limit, as_tuple=True)
-    return mapping[:, chosen], shifts[chosen], vectors[chosen]
-
-
-# Whether the CPU backend is there, which alone keeps candidates.
-HAS_CANDIDATES = "cpu" in build_info()["backends"]
+def neighbor_lists(
+    positions: Tensor,
+    cell: Tensor,
+    pbc: Tensor,
+    system_idx: Tensor | None,
+    cutoffs: list[float],
+    full: bool,
+    sorted: bool,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What `neighbor_pairs` returns for each of several descending cutoffs, on the CPU."""
+    operator = torch.ops.diffnl.neighbor_lists.default
+    try:
+        found = _call(operator, positions, cell, pbc, system_idx, cutoffs, full, sorted)
+    except RuntimeError as error:
+        _validate.raise_data_error(error, positions, cell)
+        raise
+    return list(zip(found[::3], found[1::3], found[2::3], strict=True))
 
 
 def compact_candidates(
     mapping: Tensor, shifts: Tensor, system_idx: Tensor | None, num_atoms: int, num_systems: int
 ) -> tuple[Tensor, ...]:
     """A list in ascending order of i -> what `select_candidates` takes: offsets (N + 1,) of its rows, j (P,),
-    image (P,), uniform (N,) and images (K, 4)."""
+    image (P,) and images (K, 4)."""
     return _call(
         torch.ops.diffnl.compact_candidates.default, mapping, shifts, system_idx, num_atoms, num_systems
     )
@@ -145,7 +147,6 @@ def select_candidates(
     offsets: Tensor,
     j: Tensor,
     image: Tensor,
-    uniform: Tensor,
     images: Tensor,
     cutoff: float,
     capacity: int | None,
@@ -158,14 +159,14 @@ def select_candidates(
         offsets,
         j,
         image,
-        uniform,
         images,
         cutoff,
         capacity,
     )
 
 
-# Where the backward of a full list takes links, 8 bytes a pair, instead of mapping and shifts.
+# Where the GPU kernels are: there the backward of a full list takes links, 8 bytes a pair, instead of mapping
+# and shifts. The shim of the tests has them in the CPU backend's place.
 LINKED_DEVICES = {"cuda"} if {"cuda", "hip"} & set(build_info()["backends"]) else set()
 if "hostgpu" in build_info()["backends"]:
     LINKED_DEVICES.add("cpu")
@@ -211,6 +212,44 @@ def linked_adjoint(
     """
     operator = torch.ops.diffnl.linked_adjoint.default
     return _call(operator, grad, links, rows, system_idx, num_atoms, num_systems, need_positions, need_cell)
+
+
+def search_candidates(
+    positions: Tensor, cell: Tensor, pbc: Tensor, system_idx: Tensor | None, radius: float
+) -> tuple[Tensor, Tensor]:
+    """Links (C,) and rows of a full sorted list to `radius`, on a GPU; no rows where it cannot be linked."""
+    try:
+        return _call(torch.ops.diffnl.search_candidates.default, positions, cell, pbc, system_idx, radius)
+    except RuntimeError as error:
+        _validate.raise_data_error(error, positions, cell)
+        raise
+
+
+def select_linked(inputs: tuple, kept: tuple, cutoff: float, radius: float, *options: bool) -> tuple:
+    """The sorted pairs within the cutoff from candidates to `radius` on a GPU.
+
+    `inputs` and the first four of `kept` are positions, cell, pbc and system_idx, now and when the candidates
+    were searched; links and rows follow. `options`: full, linked, and whether to ask if the candidates hold
+    all pairs. Returns their number, -1 if they do not, then mapping, shifts, vectors, links and rows; the
+    last two are empty unless the list is full and linked.
+    """
+    try:
+        return _call(torch.ops.diffnl.select_linked.default, *inputs, *kept, cutoff, radius, *options)
+    except RuntimeError as error:
+        _validate.raise_data_error(error, *inputs[:2])
+        raise
+
+
+def padded_select_linked(
+    inputs: tuple, kept: tuple, cutoff: float, radius: float, capacity: int, *options: bool
+) -> tuple[Tensor, ...]:
+    """As `select_linked` for a padded list: mapping, shifts, vectors, num_pairs (), links and rows.
+
+    What is `kept`, which ends with num_candidates () and a tally (2,) of searches and reuses, is written if
+    the device finds that it must search. `options`: full, linked.
+    """
+    operator = torch.ops.diffnl.padded_select_linked.default
+    return _call(operator, *inputs, *kept, cutoff, radius, capacity, *options)
 
 
 def padded_neighbor_pairs(

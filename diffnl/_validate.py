@@ -328,8 +328,8 @@ DATA_ERRORS = {
     ),
     "not_linkable": (
         "`positions` must be such that no pair spans more than 31 cells and no atom has 16,384 pairs or "
-        "more, where a full list with a `capacity` is differentiated on a GPU; got more: wrap the positions "
-        "into the cell, or take full=False"
+        "more, where a list with a `capacity` has a skin or is a full one and differentiated on a GPU; got "
+        "more: wrap the positions into the cell, or take full=False and no skin"
     ),
     "mapping_out_of_range": "`mapping` must hold atom numbers in [0, {atoms}); got {a} in pair {b}",
 }
@@ -382,7 +382,10 @@ def padded_error(
 
 
 def overflow(num_pairs: int, capacity: int) -> ValueError:
-    return ValueError(f"`capacity` must be at least the number of pairs, {num_pairs}; got {capacity}")
+    return ValueError(
+        "`capacity` must be at least the number of pairs, or with a skin on a GPU what leaves room for its "
+        f"candidates, {num_pairs}; got {capacity}"
+    )
 
 
 def raise_data_error(error: RuntimeError, positions: Tensor, cell: Tensor | None) -> None:

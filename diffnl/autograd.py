@@ -214,8 +214,8 @@ class Selection(Search):
     (P, 3), num_pairs (); with a capacity, a padded list."""
 
     @staticmethod
-    def forward(positions, cell, pbc, system_idx, offsets, j, image, uniform, images, cutoff, capacity):
-        compact = offsets, j, image, uniform, images
+    def forward(positions, cell, pbc, system_idx, offsets, j, image, images, cutoff, capacity):
+        compact = offsets, j, image, images
         return _ops.select_candidates(positions, cell, *compact, cutoff, capacity)
 
     @staticmethod
@@ -227,12 +227,20 @@ class Selection(Search):
         )
 
 
-class Closer(Search):
-    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ..., a list -> those of its pairs within a cutoff."""
+class Found(Search):
+    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ..., their list, found without derivatives -> that list:
+    mapping (2, P), shifts (P, 3), vectors (P, 3), and num_pairs (), links (P,), rows, or None for these."""
 
     @staticmethod
-    def forward(positions, cell, pbc, system_idx, mapping, shifts, vectors, cutoff):
-        return _ops.closer_pairs(mapping, shifts, vectors, cutoff)
+    def forward(positions, cell, pbc, system_idx, found):
+        return found
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        mapping, shifts, _, num_pairs, links, rows = output
+        linked = rows is not None and rows.shape[0] > 0
+        pair_list = (links, rows, inputs[3], None) if linked else (mapping, shifts, inputs[3], num_pairs)
+        _set_up_search(ctx, inputs, output, *pair_list)
 
 
 def _set_up_search(ctx, inputs, output, *pair_list) -> None:
@@ -241,7 +249,7 @@ def _set_up_search(ctx, inputs, output, *pair_list) -> None:
     mapping, shifts, _, *extras = output
     ctx.num_options, ctx.num_extras = len(options), len(extras)
     _save_shapes(ctx, positions, cell, _validate.num_systems(cell))
-    ctx.mark_non_differentiable(mapping, shifts, *extras)
+    ctx.mark_non_differentiable(mapping, shifts, *(extra for extra in extras if extra is not None))
     _save_list(ctx, *pair_list, uses_cell=ctx.needs_input_grad[1])
 
 
@@ -260,6 +268,15 @@ def nobody_differentiates(*inputs: Tensor) -> bool:
         (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
         or transforms_active()
         or any(unpack_dual(t).tangent is not None for t in inputs)
+    )
+
+
+def wants_links(positions: Tensor, cell: Tensor) -> bool:
+    """Whether a backward may follow that runs from links."""
+    return (
+        positions.device.type in _ops.LINKED_DEVICES
+        and torch.is_grad_enabled()
+        and (positions.requires_grad or cell.requires_grad)
     )
 
 

@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 from . import _ops, _validate
 from .autograd import (
-    Closer,
+    Found,
     LinkedPaddedSearch,
     LinkedSearch,
     PaddedSearch,
     PairVectors,
     Search,
     nobody_differentiates,
+    wants_links,
 )
 from .pairs import PaddedPairs, Pairs
-from .skin import Skin
+from .skin import Skin, candidates_a_pair
 
 
 def neighbor_pairs(
@@ -150,12 +151,15 @@ def estimate_capacity(
     system_idx: Tensor | None = None,
     *,
     full: bool = True,
+    skin: float = 0.0,
     slack: float = 0.25,
 ) -> int:
     """A `capacity` for systems like this one: its number of pairs and a share to spare, in steps of 256.
 
     Args:
         positions, cell, pbc, cutoff, system_idx, full: as in `neighbor_pairs`, which is called.
+        skin: >= 0, of the layer. On a GPU the capacity must also leave room for the pairs within cutoff +
+            skin: (1 + skin / cutoff)^3 of them for each, which is enough at an even density.
         slack: >= 0, the share to spare. A quarter leaves room for a density a quarter higher, or for a
             cutoff that grows by 7 % against the cell.
 
@@ -163,12 +167,18 @@ def estimate_capacity(
         A number of pairs >= 256.
 
     Raises:
-        ValueError, TypeError: as `neighbor_pairs`; a slack that is not a finite number >= 0.
+        ValueError, TypeError: as `neighbor_pairs`; a skin or a slack that is not a finite number >= 0.
     """
-    slack = _validate.slack(slack)
-    with torch.no_grad():
-        found = neighbor_pairs(positions, cell, pbc, cutoff, system_idx, full=full)
-    return max(math.ceil(found.shifts.shape[0] * (1.0 + slack) / 256), 1) * 256
+    slack, skin = _validate.slack(slack), _validate.skin(skin)
+
+    def count(cutoff: float) -> int:
+        with torch.no_grad():
+            return neighbor_pairs(positions, cell, pbc, cutoff, system_idx, full=full).shifts.shape[0]
+
+    needed = float(count(cutoff))
+    if skin > 0:
+        needed = max(needed, count(cutoff + skin) / candidates_a_pair(cutoff, skin))
+    return max(math.ceil(needed * (1.0 + slack) / 256), 1) * 256
 
 
 def _find(
@@ -191,13 +201,15 @@ def _find(
     system_idx = _validate.system_idx(system_idx, positions)
     cell, pbc = _validate.systems(cell, pbc, system_idx, positions, may_wait=capacity is None)
     where = positions, cell, pbc, system_idx
-    longest = max(cutoff) if isinstance(cutoff, tuple) else cutoff
-    pairs = _find_kept(where, longest, skin, full, capacity, kept) if skin > 0 else None
-    if pairs is None:
-        pairs = _find_fresh(where, longest, full, sorted or skin > 0, capacity)
-    if not isinstance(cutoff, tuple):
-        return pairs
-    return tuple(pairs if shorter == longest else _closer(where, pairs, shorter) for shorter in cutoff)
+    cutoffs = cutoff if isinstance(cutoff, tuple) else (cutoff,)
+    lists = _find_kept(where, cutoffs, skin, full, capacity, kept) if skin > 0 else None
+    if lists is None:
+        in_order = sorted or skin > 0
+        if not isinstance(cutoff, tuple):
+            return _find_fresh(where, cutoff, full, in_order, capacity)
+        found = _find_several(where, cutoffs, full, in_order)
+        lists = [found[one] for one in cutoffs]
+    return tuple(lists) if isinstance(cutoff, tuple) else lists[0]
 
 
 def _find_fresh(where, cutoff: float, full: bool, sorted: bool, capacity: int | None) -> Pairs | PaddedPairs:
@@ -206,7 +218,7 @@ def _find_fresh(where, cutoff: float, full: bool, sorted: bool, capacity: int | 
     positions, cell, *_ = where
     if not torch.compiler.is_compiling() and nobody_differentiates(positions, cell):
         return Pairs(*_ops.neighbor_pairs(*where, cutoff, full, sorted))
-    if full and not torch.compiler.is_compiling() and _wants_links(positions, cell):
+    if full and not torch.compiler.is_compiling() and wants_links(positions, cell):
         found = LinkedSearch.call(*where, cutoff, sorted)
         return Pairs(*found[:3])
     return Pairs(*Search.call(*where, cutoff, full, sorted))
@@ -217,7 +229,7 @@ def _find_padded(where, cutoff: float, full: bool, sorted: bool, capacity: int) 
     compiling = torch.compiler.is_compiling()
     if not compiling and nobody_differentiates(positions, cell):
         found = _ops.padded_neighbor_pairs(*where, cutoff, capacity, full, sorted)
-    elif full and _wants_links(positions, cell):
+    elif full and wants_links(positions, cell):
         found = LinkedPaddedSearch.call(*where, cutoff, capacity, sorted)
     else:
         found = PaddedSearch.call(*where, cutoff, capacity, full, sorted)
@@ -225,38 +237,54 @@ def _find_padded(where, cutoff: float, full: bool, sorted: bool, capacity: int) 
     return pairs if compiling else pairs._of(positions, cell, system_idx)
 
 
-def _find_kept(where, cutoff, skin, full, capacity, kept: Skin) -> Pairs | PaddedPairs | None:
-    """The sorted list, if a skin can be had here."""
+def _find_several(where, cutoffs: tuple[float, ...], full: bool, sorted: bool) -> dict[float, Pairs]:
+    """A list for each cutoff, from one search."""
+    longest, *shorter = _descending(cutoffs)
+    positions, cell, *_ = where
+    if torch.compiler.is_compiling() or positions.device.type in _ops.LINKED_DEVICES:
+        pairs = _find_fresh(where, longest, full, sorted, None)
+        return {longest: pairs} | {cutoff: _closer(where, pairs, cutoff) for cutoff in shorter}
+    detached = positions.detach(), cell.detach(), *where[2:]
+    lists = _ops.neighbor_lists(*detached, [longest, *shorter], full, sorted)
+    return {c: _differentiable(where, found) for c, found in zip((longest, *shorter), lists, strict=True)}
+
+
+def _descending(cutoffs: tuple[float, ...]) -> list[float]:
+    return sorted(set(cutoffs), reverse=True)
+
+
+def _closer(where, pairs: Pairs, cutoff: float) -> Pairs:
+    """Those of the pairs within a shorter cutoff."""
+    # One rounding an operation, as in the search.
+    x, y, z = pairs.vectors.detach().square().unbind(1)
+    limit = torch.tensor(cutoff * cutoff, dtype=pairs.vectors.dtype)
+    (chosen,) = torch.nonzero((x + y) + z < limit, as_tuple=True)
+    mapping, shifts = pairs.mapping[:, chosen], pairs.shifts[chosen]
+    if torch.compiler.is_compiling():
+        return Pairs(mapping, shifts, pairs.vectors[chosen])
+    return _differentiable(where, (mapping, shifts, pairs.vectors.detach()[chosen]))
+
+
+def _differentiable(where, found: tuple[Tensor, Tensor, Tensor]) -> Pairs:
+    """A list found without derivatives, with its own."""
+    if not nobody_differentiates(*where[:2]):
+        found = Found.call(*where, (*found, None, None, None))[:3]
+    return Pairs(*found)
+
+
+def _find_kept(where, cutoffs: tuple[float, ...], skin, full, capacity, kept: Skin) -> list | None:
+    """The sorted list of each cutoff, if a skin can be had here."""
     positions, cell, _, system_idx = where
-    if positions.device.type != "cpu":
-        return None
     try:
-        found = kept.find(*where, cutoff, skin, full, capacity)
+        lists = kept.find(where, cutoffs, skin, full, capacity)
     except ValueError:
         # A list with a capacity raises nothing: the fresh search says so in its own way.
         if capacity is None:
             raise
         return None
-    if found is None:
-        return None
-    return Pairs(*found[:3]) if capacity is None else PaddedPairs(*found)._of(positions, cell, system_idx)
-
-
-def _closer(where, pairs: Pairs, cutoff: float) -> Pairs:
-    """Those of the pairs within a shorter cutoff."""
-    positions, cell, *_ = where
-    if not torch.compiler.is_compiling() and nobody_differentiates(positions, cell):
-        return Pairs(*_ops.closer_pairs(*pairs, cutoff))
-    return Pairs(*Closer.call(*where, pairs.mapping, pairs.shifts, pairs.vectors.detach(), cutoff))
-
-
-def _wants_links(positions: Tensor, cell: Tensor) -> bool:
-    """Whether a backward may follow that runs from links."""
-    return (
-        positions.device.type in _ops.LINKED_DEVICES
-        and torch.is_grad_enabled()
-        and (positions.requires_grad or cell.requires_grad)
-    )
+    if lists is None or capacity is None:
+        return lists and [Pairs(*found[:3]) for found in lists]
+    return [PaddedPairs(*found)._of(positions, cell, system_idx) for found in lists]
 
 
 def pair_vectors(

@@ -1,93 +1,209 @@
 """A list that is searched again only when a pair could have been missed.
 
 Candidates to cutoff + skin are kept from one search. While they are known to hold every pair (the criterion
-and its proof: csrc/candidates_cpu.cpp), a call selects from them by the exact test, with the positions and
-cell of that call: the same pairs, bits and gradients as a fresh list.
+and its proof: csrc/drift.h), a call selects from them by the exact test, with the positions and cell of that
+call: the same pairs, bits and gradients as a fresh sorted list.
+
+On the CPU the host asks whether they hold. On a GPU the device does, and the answer comes with the number of
+pairs; with a capacity nobody on the host learns it, and the device searches by itself.
 """
 
+import math
+import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import _ops, _validate
-from .autograd import Selection, nobody_differentiates, transforms_active
+from .autograd import Found, Selection, nobody_differentiates, transforms_active, wants_links
 
 
 @dataclass(frozen=True)
 class _Candidates:
     """A search and what it was for."""
 
-    positions: Tensor
-    cell: Tensor
-    pbc: Tensor
-    system_idx: Tensor | None
-    options: tuple  # cutoff, skin, full
-    compact: tuple[Tensor, ...]
+    inputs: tuple  # positions, cell, pbc, system_idx
+    options: tuple  # what the host can compare
+    found: tuple[Tensor, ...]
+    stream: int = 0
 
-    def answer(
-        self, positions: Tensor, cell: Tensor, pbc: Tensor, system_idx: Tensor | None, options
-    ) -> bool:
-        """Whether all pairs of this input are among the candidates."""
-        return (
-            self.options == options
-            and self.positions.shape == positions.shape
-            and self.positions.dtype == positions.dtype
-            and self.cell.shape == cell.shape
-            and torch.equal(self.pbc, pbc)
-            and (self.system_idx is None) == (system_idx is None)
-            and (system_idx is None or torch.equal(self.system_idx, system_idx))
-            and _ops.candidates_hold(
-                self.positions, self.cell, positions, cell, pbc, system_idx, options[0], sum(options[:2])
-            )
-        )
+    def fit(self, options: tuple, device: torch.device) -> bool:
+        """What another stream writes may still be on its way; whoever captures a graph has waited for it."""
+        return self.options == options and (self.stream == _stream(device) or _is_capturing(device))
 
 
 class Skin:
-    """What a layer keeps between calls. Copies and pickles start empty; threads may share it: what is kept is
-    never changed, only replaced.
+    """What a layer keeps between calls. Copies and pickles start empty; threads may share it: what is kept on
+    the CPU is never changed, only replaced, and on a GPU each thread has its own.
 
     Attributes:
-        searches, reuses: how many calls searched anew, and how many did not.
+        searches, reuses: how many calls searched anew, and how many did not. With a capacity on a GPU,
+            reading them waits for the device.
     """
 
     def __init__(self) -> None:
-        self.searches = self.reuses = 0
+        self._counts = [0, 0]
+        self._tallies: dict[torch.device, Tensor] = {}
         self._candidates: _Candidates | None = None
+        self._of_thread = threading.local()
+        self._captured: list[_Candidates] = []
 
     def __reduce__(self):
         return Skin, ()
 
-    def find(self, positions, cell, pbc, system_idx, cutoff: float, skin: float, full: bool, capacity):
-        """mapping, shifts, vectors, num_pairs of the sorted list; None where only a fresh search will do.
+    @property
+    def searches(self) -> int:
+        return self._counts[0] + sum(int(tally[0]) for tally in self._tallies.values())
 
-        The inputs are checked and on the CPU.
+    @property
+    def reuses(self) -> int:
+        return self._counts[1] + sum(int(tally[1]) for tally in self._tallies.values())
+
+    def find(self, where: tuple, cutoffs: tuple[float, ...], skin: float, full: bool, capacity: int | None):
+        """mapping, shifts, vectors, num_pairs of the sorted list for each cutoff; None where only a fresh
+        search will do.
+
+        `where`: positions, cell, pbc, system_idx, checked. With a capacity there is one cutoff. Raises the
+        ValueErrors of a search; on a GPU with a capacity, none.
         """
-        if torch.compiler.is_compiling() or transforms_active() or not _ops.HAS_CANDIDATES:
+        positions, cell, pbc, system_idx = where
+        if (
+            torch.compiler.is_compiling()
+            or transforms_active()
+            # Who traces or fakes operators must not be given what was found by another call.
+            or torch._C._len_torch_dispatch_stack() > 0
+            or positions.shape[0] == 0
+        ):
             return None
         now = positions.detach(), cell.detach(), pbc, system_idx
-        options = cutoff, skin, full
-        kept = self._candidates
-        if kept is not None and kept.answer(*now, options):
-            self.reuses += 1
+        if positions.device.type not in _ops.LINKED_DEVICES:
+            return self._find_on_cpu(where, now, cutoffs, skin, full, capacity)
+        linked = full and wants_links(positions, cell)
+        if capacity is None:
+            lists = self._find_on_gpu(now, cutoffs, skin, full, linked)
         else:
-            self.searches += 1
-            kept = self._candidates = _search(*now, options)
-        inputs = positions, cell, pbc, system_idx, *kept.compact, cutoff, capacity
-        if nobody_differentiates(positions, cell):
-            return Selection.forward(*inputs)
-        return Selection.call(*inputs)
+            lists = [self._find_padded_on_gpu(now, cutoffs[0], skin, full, linked, capacity)]
+        if lists is None:
+            return None
+        if not nobody_differentiates(positions, cell):
+            lists = [Found.call(*where, found) for found in lists]
+        return [found[:4] for found in lists]
+
+    def _find_on_cpu(self, where: tuple, now: tuple, cutoffs, skin, full, capacity):
+        longest = max(cutoffs)
+        options = longest, skin, full
+        kept = self._candidates
+        holds = kept is not None and kept.options == options and _all_pairs_are_in(kept, now, longest, skin)
+        self._counts[holds] += 1
+        if not holds:
+            kept = self._candidates = _search_on_cpu(now, options)
+        select = Selection.forward if nobody_differentiates(*where[:2]) else Selection.call
+        return [select(*where, *kept.found, cutoff, capacity) for cutoff in cutoffs]
+
+    def _find_on_gpu(self, now: tuple, cutoffs, skin, full, linked):
+        radius = max(cutoffs) + skin
+        device, options = now[0].device, (radius, full, *_shapes(now))
+        kept = getattr(self._of_thread, "candidates", None)
+        lists = None
+        if kept is not None and kept.fit(options, device):
+            if not kept.found:
+                return None
+            lists = self._select(now, kept, cutoffs, radius, full, linked, ask=True)
+        self._counts[lists is not None] += 1
+        if lists is None:
+            links, rows = _ops.search_candidates(*now, radius)
+            # Whose pairs cannot be linked is searched every time.
+            compact = (links, rows) if rows.shape[0] > 0 else ()
+            kept = _Candidates(tuple(map(_own, now)), options, compact, _stream(device))
+            self._of_thread.candidates = kept
+            if compact:
+                lists = self._select(now, kept, cutoffs, radius, full, linked, ask=False)
+        return lists
+
+    @staticmethod
+    def _select(now, kept: _Candidates, cutoffs, radius, full, linked, ask: bool):
+        """A list for each cutoff; None if it turns out that the candidates do not hold all pairs."""
+        lists: dict = {}
+        for cutoff in sorted(set(cutoffs), reverse=True):
+            # Who holds the pairs of the longest holds the others.
+            first = ask and not lists
+            count, *found = _ops.select_linked(
+                now, (*kept.inputs, *kept.found), cutoff, radius, full, linked, first
+            )
+            if count < 0:
+                return None
+            mapping, shifts, vectors, links, rows = found
+            lists[cutoff] = mapping, shifts, vectors, None, links, rows
+        return [lists[cutoff] for cutoff in cutoffs]
+
+    def _find_padded_on_gpu(self, now: tuple, cutoff, skin, full, linked, capacity):
+        device, options = now[0].device, (cutoff, skin, full, capacity, *_shapes(now))
+        kept = getattr(self._of_thread, "padded", None)
+        if kept is None or not kept.fit(options, device):
+            kept = self._of_thread.padded = self._make_room(now, options)
+        if _is_capturing(device) and all(kept is not other for other in self._captured):
+            self._captured.append(kept)  # a graph writes to it for as long as it is replayed
+        arguments = (*kept.inputs, *kept.found)
+        return _ops.padded_select_linked(now, arguments, cutoff, cutoff + skin, capacity, full, linked)
+
+    def _make_room(self, now: tuple, options: tuple) -> _Candidates:
+        """Candidates that are still to be found, in memory that stays where it is."""
+        positions, cell, *_ = now
+        cutoff, skin, full, capacity, *_ = options
+        device, num_rows = positions.device, 2 * positions.shape[0] + _validate.num_systems(cell) + 2
+        if device not in self._tallies:
+            self._tallies[device] = torch.zeros(2, dtype=torch.int64, device=device)
+        room = math.ceil(capacity * candidates_a_pair(cutoff, skin)) * (1 if full else 2)
+        links, rows = (torch.zeros(n, dtype=torch.int64, device=device) for n in (max(room, 1), num_rows))
+        num_candidates = torch.full((), -1, dtype=torch.int64, device=device)
+        blank = tuple(None if t is None else _own(torch.zeros_like(t)) for t in now)
+        found = links, rows, num_candidates, self._tallies[device]
+        return _Candidates(blank, options, found, _stream(device))
 
 
-def _search(positions, cell, pbc, system_idx, options) -> _Candidates:
-    cutoff, skin, full = options
-    mapping, shifts, _ = _ops.neighbor_pairs(positions, cell, pbc, system_idx, cutoff + skin, full, True)
-    compact = _ops.compact_candidates(
-        mapping, shifts, system_idx, positions.shape[0], _validate.num_systems(cell)
+def candidates_a_pair(cutoff: float, skin: float) -> float:
+    """For how many candidates a pair a capacity leaves room on a GPU: as many as there are at one density."""
+    return (1.0 + skin / cutoff) ** 3
+
+
+def _own(tensor: Tensor | None) -> Tensor | None:
+    """Positions and cells may be changed in place before the next call."""
+    return None if tensor is None else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _all_pairs_are_in(kept: _Candidates, now: tuple, cutoff: float, skin: float) -> bool:
+    positions, cell, pbc, system_idx = now
+    old_positions, old_cell, old_pbc, old_system_idx = kept.inputs
+    return (
+        old_positions.shape == positions.shape
+        and old_positions.dtype == positions.dtype
+        and old_cell.shape == cell.shape
+        and torch.equal(old_pbc, pbc)
+        and (old_system_idx is None) == (system_idx is None)
+        and (system_idx is None or torch.equal(old_system_idx, system_idx))
+        and _ops.candidates_hold(old_positions, old_cell, *now, cutoff, cutoff + skin)
     )
 
-    # Positions and cells may be changed in place before the next call.
-    def own(tensor):
-        return None if tensor is None else tensor.clone()
 
-    return _Candidates(own(positions), own(cell), own(pbc), own(system_idx), options, compact)
+def _search_on_cpu(now: tuple, options: tuple) -> _Candidates:
+    positions, cell, _, system_idx = now
+    cutoff, skin, full = options
+    mapping, shifts, _ = _ops.neighbor_pairs(*now, cutoff + skin, full, True)
+    num_systems = _validate.num_systems(cell)
+    compact = _ops.compact_candidates(mapping, shifts, system_idx, positions.shape[0], num_systems)
+    return _Candidates(tuple(map(_own, now)), options, compact)
+
+
+def _shapes(now: tuple) -> tuple:
+    """What can be compared without waiting for a GPU: the device compares the rest."""
+    positions, cell, pbc, system_idx = now
+    return positions.shape, cell.shape, pbc.shape, system_idx is None, positions.dtype, positions.device
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
