@@ -181,6 +181,25 @@ def check_padded(label: str, case: Case, device: str, dtype, fresh, full: bool, 
     return 2 if num_pairs > 0 else 1
 
 
+def check_skin(label: str, case: Case, device: str, dtype, fresh, full: bool) -> int:
+    """The sorted list from candidates: searched, reused, searched again; the number of lists looked at."""
+    positions, cell, pbc, index = case.on(device, dtype)
+    if cell is None and index is not None:
+        cell = torch.zeros(int(index.max()) + 1, 3, 3, dtype=dtype, device=device)
+    num_pairs = fresh.shifts.shape[0]
+    linked = num_pairs == 0 or fresh.shifts.abs().max() <= 31  # what a GPU can keep for a padded list
+    for capacity in (None, 3 * num_pairs + 300) if linked else (None,):
+        layer = diffnl.NeighborList(case.cutoff, full=full, skin=0.05 * case.cutoff, capacity=capacity)
+        for moved in (positions, positions, positions + 3 * case.cutoff * torch.eye(3).to(positions)[:1]):
+            found = layer(moved.requires_grad_(len(positions) > 0), cell, pbc, index)
+            if num_pairs > 0:
+                torch.autograd.grad(found.vectors.square().sum(), moved)
+            if moved is positions:
+                parts = found.mapping[:, :num_pairs], found.shifts[:num_pairs], found.vectors[:num_pairs]
+                assert all(map(torch.equal, parts, fresh)), f"{label}: other pairs with a skin"
+    return 6 if linked else 3
+
+
 def check(case: Case, dtype: torch.dtype, device: str) -> int:
     """All lists of one case and their derivatives; the number of lists looked at."""
     name = f"{case.name}, {dtype}"
@@ -217,6 +236,8 @@ def check(case: Case, dtype: torch.dtype, device: str) -> int:
         assert torch.equal(again.detach().cpu(), same), f"{label}: pair_vectors gives other bits"
         check_derivatives(f"{label}, given", again, inputs, own_keys[some], index)
         count += 2 + check_padded(label, case, device, dtype, pairs, full, ordered)
+        if ordered:
+            count += check_skin(label, case, device, dtype, pairs, full)
     return count
 
 

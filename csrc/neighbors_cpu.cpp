@@ -146,30 +146,44 @@ struct FillSink {
       for (int64_t a = first; a < last; ++a) sort_row(list, search.list.atoms().index[static_cast<size_t>(a)]);
   }
 
-  // Puts row i in order of (j, S).
+  // Puts row i in order of (j, S). Sorted are numbers of j and place, which most often are in order then: few atoms
+  // are neighbours in several images.
   struct Entry {
     int64_t j;
     std::array<int32_t, 3> shift;
     std::array<T, 3> vector;
   };
   std::vector<Entry> row;
+  std::vector<uint64_t> keys;
   void sort_row(const List<T>& list, int64_t i) {
     const PairOutput<T>& out = list.out;
     const int64_t first = list.offsets[static_cast<size_t>(i)], last = list.offsets[static_cast<size_t>(i) + 1];
     row.clear();
+    keys.clear();
     for (int64_t p = first; p < last; ++p) {
       const int32_t* s = out.shifts + 3 * p;
       const T* v = out.vectors + 3 * p;
-      row.push_back({out.mapping[out.capacity + p], {s[0], s[1], s[2]}, {v[0], v[1], v[2]}});
+      const int64_t j = out.mapping[out.capacity + p];
+      row.push_back({j, {s[0], s[1], s[2]}, {v[0], v[1], v[2]}});
+      keys.push_back(static_cast<uint64_t>(j) << 32 | static_cast<uint64_t>(p - first));
     }
-    std::sort(row.begin(), row.end(), [](const Entry& one, const Entry& other) {
-      return one.j != other.j ? one.j < other.j : one.shift < other.shift;
-    });
-    for (size_t n = 0; n < row.size(); ++n) {
+    std::sort(keys.begin(), keys.end());
+    const auto j_of = [](uint64_t key) { return key >> 32; };
+    const auto entry_of = [&](uint64_t key) -> const Entry& { return row[key & 0xffffffffu]; };
+    for (auto begin = keys.begin(); begin != keys.end();) {
+      auto end = begin + 1;
+      while (end != keys.end() && j_of(*end) == j_of(*begin)) ++end;
+      if (end - begin > 1)
+        std::sort(begin, end,
+                  [&](uint64_t one, uint64_t other) { return entry_of(one).shift < entry_of(other).shift; });
+      begin = end;
+    }
+    for (size_t n = 0; n < keys.size(); ++n) {
+      const Entry& entry = entry_of(keys[n]);
       const int64_t p = first + static_cast<int64_t>(n);
-      out.mapping[out.capacity + p] = row[n].j;
-      std::copy_n(row[n].shift.begin(), 3, out.shifts + 3 * p);
-      std::copy_n(row[n].vector.begin(), 3, out.vectors + 3 * p);
+      out.mapping[out.capacity + p] = entry.j;
+      std::copy_n(entry.shift.begin(), 3, out.shifts + 3 * p);
+      std::copy_n(entry.vector.begin(), 3, out.vectors + 3 * p);
     }
   }
 };

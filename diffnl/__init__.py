@@ -1,5 +1,6 @@
 """diffnl: the neighbour list that a model can differentiate through."""
 
+from . import _fakes as _fakes
 from . import reference, testing
 from ._ops import build_info, cmake_prefix_path, library_path
 from ._version import __version__

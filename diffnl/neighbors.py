@@ -15,6 +15,7 @@ from .autograd import (
     PairVectors,
     Search,
     nobody_differentiates,
+    transforms_active,
     wants_links,
 )
 from .pairs import PaddedPairs, Pairs
@@ -85,12 +86,15 @@ class NeighborList(nn.Module):
         capacity: return `PaddedPairs` with room for so many pairs, without waiting for the device: for CUDA
             and HIP graphs, and wherever shapes must not depend on data. None: `Pairs`.
         skin: >= 0, in the length unit of the positions. Above 0 the layer keeps the pairs within cutoff +
-            skin and, on the CPU, searches again only when a pair could have been missed; rows are then
-            sorted. What it returns, and its gradients, are those of a fresh list at every call. Elsewhere, in
-            compiled graphs and under `torch.func` it searches every time. Copies and pickles keep nothing.
+            skin, and searches again only when a pair could have been missed; rows are then sorted. What it
+            returns, and its gradients, are those of a fresh list at every call. With a capacity on a GPU the
+            device decides, in CUDA and HIP graphs too, which the layer must outlive; the capacity must leave
+            room for what is kept, see `estimate_capacity`. In compiled graphs, under `torch.func` and while
+            something traces operators it searches every time. Copies and pickles keep nothing.
 
     Attributes:
-        searches, reuses: how many calls with a skin searched, and how many selected from what was kept.
+        searches, reuses: how many calls with a skin searched, and how many selected from what was kept. With
+            a capacity on a GPU they wait for the device.
 
     Raises:
         ValueError, TypeError: a cutoff that is not a finite number > 0, a capacity not an integer >= 0, a
@@ -241,7 +245,8 @@ def _find_several(where, cutoffs: tuple[float, ...], full: bool, sorted: bool) -
     """A list for each cutoff, from one search."""
     longest, *shorter = _descending(cutoffs)
     positions, cell, *_ = where
-    if torch.compiler.is_compiling() or positions.device.type in _ops.LINKED_DEVICES:
+    one_by_one = torch.compiler.is_compiling() or transforms_active()
+    if one_by_one or positions.device.type in _ops.LINKED_DEVICES:
         pairs = _find_fresh(where, longest, full, sorted, None)
         return {longest: pairs} | {cutoff: _closer(where, pairs, cutoff) for cutoff in shorter}
     detached = positions.detach(), cell.detach(), *where[2:]

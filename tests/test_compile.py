@@ -132,6 +132,21 @@ def test_a_batch():
     assert_same_values(ours, theirs)
 
 
+def test_several_cutoffs():
+    """Gradients reach positions and cell through each list."""
+    neighbors = diffnl.NeighborList((3.0, CUTOFF))
+
+    def energy(positions, cell):
+        short, long = neighbors(positions, cell, True)
+        return (3.0 - short.distances).pow(3).sum() + 0.1 * (CUTOFF - long.distances).pow(3).sum()
+
+    compiled = torch.compile(energy, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        leaves = box(step)
+        ours, theirs = (torch.autograd.grad(run(*leaves), leaves) for run in (compiled, energy))
+        assert_same_values(ours, theirs)
+
+
 @needs_autograd_ops
 @pytest.mark.parametrize("options", LISTS.values(), ids=LISTS)
 def test_a_training_step(options):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from compare import assert_close_sums, assert_same_bits, canonical
 from systems import SYSTEMS
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import diffnl
 
@@ -61,6 +62,27 @@ def test_forward_mode_of_a_shorter_list(device):
     ours = torch.func.jvp(lambda r: vectors(r, (2.5, 6.0)), (positions,), (tangent,))
     theirs = torch.func.jvp(lambda r: vectors(r, 2.5), (positions,), (tangent,))
     assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in its tracing
+def test_transforms_and_tracing(device):
+    """torch.func and make_fx see what eager mode sees."""
+    positions, cell, pbc, _ = SYSTEMS["diamond"].arguments(torch.float64, device)
+
+    def energy(r):
+        short, long = diffnl.neighbor_pairs(r, cell, pbc, (2.5, 4.0))
+        return (2.5 - short.distances).pow(3).sum() + (4.0 - long.distances).pow(3).sum()
+
+    def gradient(r):
+        r = r.detach().requires_grad_()
+        return torch.autograd.grad(energy(r), r)[0]
+
+    moved = positions + 0.1 * torch.cos(positions)
+    expected = gradient(moved)
+    torch.testing.assert_close(torch.func.grad(energy)(moved), expected)
+    assert torch.func.hessian(energy)(moved[:4]).isfinite().all()
+    traced = make_fx(gradient, tracing_mode="symbolic", _allow_non_fake_inputs=True)(positions)
+    torch.testing.assert_close(traced(moved), expected)
 
 
 def test_a_skin_around_the_longest(device, dtype):

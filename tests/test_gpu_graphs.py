@@ -5,7 +5,7 @@ Run without pytest-xdist: no other process should use the GPU meanwhile.
 
 import pytest
 import torch
-from compare import assert_same_bits
+from compare import assert_close_sums, assert_same_bits
 from gpu_waits import waits_of
 from systems import TRICLINIC, cubic, scatter, tensor
 from walks import npt_walk
@@ -111,6 +111,42 @@ def test_a_walk(gpu, dtype):
         assert_same_bits((padded.mapping[:, :count], padded.shifts[:count], padded.vectors[:count]), fresh)
 
 
+@pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
+def test_a_walk_with_a_skin(full, gpu, dtype):
+    """Replays decide by themselves when to search, and give the pairs and gradients of a fresh list."""
+    walk = npt_walk(400, dtype, gpu)
+    positions, cell, pbc, system_idx = next(walk)
+    layer = diffnl.NeighborList(CUTOFF, full=full, skin=1.0, capacity=CAPACITY)
+
+    def step(r, h, find=layer):
+        pairs = find(r, h, pbc, system_idx)
+        return *pairs, *torch.autograd.grad(energy_of(pairs.vectors), (r, h))
+
+    captured = Captured(step, positions, cell)
+    searched, reused = layer.searches, layer.reuses
+    for positions, cell, *_ in walk:
+        *padded, ours_r, ours_h = captured(positions, cell)
+        leaves = positions.requires_grad_(), cell.requires_grad_()
+        fresh = diffnl.neighbor_pairs(*leaves, pbc, CUTOFF, system_idx, full=full, sorted=True)
+        count = int(padded[3])
+        assert_same_bits((padded[0][:, :count], padded[1][:count], padded[2][:count]), fresh)
+        theirs = torch.autograd.grad(energy_of(fresh.vectors), leaves)
+        assert_close_sums((ours_r, ours_h), theirs)
+    assert layer.searches + layer.reuses == searched + reused + 399
+    assert layer.reuses - reused > 10 * (layer.searches - searched) > 0
+
+
+def test_a_graph_keeps_its_candidates(box):
+    """The layer is used for another system meanwhile: what the graph writes to must not be given away."""
+    layer = diffnl.NeighborList(CUTOFF, skin=1.0, capacity=CAPACITY)
+    captured = Captured(lambda r, h: layer(r, h, True), *box)
+    before = [t.clone() for t in captured(*box)]
+    for atoms in (10, 20, 30):
+        layer(torch.rand(atoms, 3).to(box[0]), box[1], True)
+    torch.empty(1 << 20, device="cuda").fill_(torch.nan)
+    assert all(map(torch.equal, captured(*box), before))
+
+
 def test_a_large_system(gpu, dtype):
     """Many launches file its atoms."""
     positions, cell = scatter(9_000, cubic(48.0), 5).to(gpu, dtype), tensor(cubic(48.0)).to(gpu, dtype)
@@ -164,10 +200,11 @@ def test_replays_do_not_allocate(box):
 
 
 @pytest.mark.filterwarnings("ignore")  # what the profiler has to say about itself
+@pytest.mark.parametrize("skin", [0.0, 1.0])
 @pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
-def test_an_eager_call_waits_for_nothing(full, box):
+def test_an_eager_call_waits_for_nothing(full, skin, box):
     positions, cell = (t.clone().requires_grad_() for t in box)
-    layer = diffnl.NeighborList(CUTOFF, full=full, capacity=CAPACITY)
+    layer = diffnl.NeighborList(CUTOFF, full=full, skin=skin, capacity=CAPACITY)
     assert waits_of(lambda: cell.sum().item()) >= 1, "a wait would go unnoticed"
 
     def step():
@@ -175,6 +212,16 @@ def test_an_eager_call_waits_for_nothing(full, box):
         return torch.autograd.grad(energy, (positions, cell))
 
     assert waits_of(step) == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # what the profiler has to say about itself
+def test_a_skin_waits_once(box):
+    """The answer whether the candidates hold comes with the number of pairs."""
+    positions, cell = box
+    pbc = torch.tensor([True, False, True], device=positions.device)
+    layer = diffnl.NeighborList(CUTOFF, skin=1.0)
+    assert waits_of(lambda: layer(positions, cell, pbc)) == 1
+    assert layer.searches == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about its matrix products

@@ -133,8 +133,10 @@ def change(kind, positions, cell, pbc, system_idx):
         return positions[:-1], cell, pbc, system_idx[:-1]
     if kind == "order":
         return positions.flip(0), cell, pbc, system_idx.flip(0)
-    if kind == "pbc":
-        return positions, cell, ~pbc, system_idx
+    if kind.startswith("pbc"):
+        flipped = pbc.clone()
+        flipped[1, int(kind[-1])] ^= True
+        return positions, cell, flipped, system_idx
     if kind == "system_idx":
         return positions, cell, pbc, (system_idx + 1) % 2
     if kind == "systems":
@@ -145,7 +147,10 @@ def change(kind, positions, cell, pbc, system_idx):
         return positions + cell[system_idx, 0], cell, pbc, system_idx
 
 
-@pytest.mark.parametrize("kind", ["atoms", "order", "pbc", "system_idx", "systems", "dtype", "wrapped"])
+KINDS = ["atoms", "order", "pbc_0", "pbc_1", "pbc_2", "system_idx", "systems", "dtype", "wrapped"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_change_is_noticed(kind, device):
     cell = torch.stack([tensor(cubic(8.0)), tensor(cubic(9.0))]).to(device)
     positions = scatter(40, cubic(8.0), 5).to(device)
