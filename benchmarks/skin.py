@@ -83,14 +83,16 @@ def follow_batch(size: str, dtype: torch.dtype, device: str, skin: float, steps:
     of_system = [torch.nonzero(system.system_idx == b)[:, 0] for b in range(len(system.cell))]
     whole = diffnl.NeighborList(CUTOFF, skin=skin)
     single = [diffnl.NeighborList(CUTOFF, skin=skin) for _ in of_system]
-    positions, times = system.positions, {True: [], False: []}
+    positions, times, somewhere = system.positions, {True: [], False: []}, 0
     for move in random_moves(positions, 0.02, steps):
         positions = positions + move
         searches = whole.searches
         time = seconds(lambda r=positions: whole(r, system.cell, system.pbc, system.system_idx), device)
         times[whole.searches > searches].append(time * 1e3)
+        before = sum(layer.searches for layer in single)
         for b, atoms in enumerate(of_system):
             single[b](positions[atoms], system.cell[b], system.pbc[b])
+        somewhere += sum(layer.searches for layer in single) > before
     search, reuse = (statistics.median(times[kind]) for kind in (True, False))
     together = whole.searches / steps
     alone = statistics.mean(layer.searches for layer in single) / steps
@@ -99,6 +101,13 @@ def follow_batch(size: str, dtype: torch.dtype, device: str, skin: float, steps:
     print(f"searches every {1 / together:.1f} steps for all, every {1 / alone:.1f} for a system by itself")
     print(f"a step {costs[0]:.3f} ms; by system, if that cost nothing more, {costs[1]:.3f} ms", end="  ")
     print(f"{costs[0] / costs[1]:5.2f}x")
+    candidates = diffnl.neighbor_pairs(positions, system.cell, system.pbc, CUTOFF + skin, system.system_idx)
+    rows = torch.zeros(len(candidates.shifts), dtype=torch.int64, device=device)
+    copy = statistics.median(seconds(rows.clone, device) for _ in range(20)) * 1e3
+    print(
+        f"in {somewhere} steps some system would have been searched, and its rows moved among the others': "
+        f"to copy all takes {copy:.3f} ms"
+    )
 
 
 def main() -> None:

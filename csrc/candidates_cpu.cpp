@@ -116,26 +116,63 @@ void select_cpu(const Candidates& candidates, const T* positions, const T* cell,
   });
 }
 
+namespace {
+
+// Numbers images in the order in which they are met: in a table of all (system, S) within the list's reach, or,
+// where that would have more entries than the list, in a map.
+class ImageNumbers {
+ public:
+  explicit ImageNumbers(const PairList& list) {
+    std::array<int32_t, 3> high{0, 0, 0};
+    for (int64_t k = 0; k < 3 * list.num_pairs; ++k) {
+      const size_t axis = static_cast<size_t>(k % 3);
+      low_[axis] = std::min(low_[axis], list.shifts[k]);
+      high[axis] = std::max(high[axis], list.shifts[k]);
+    }
+    double entries = static_cast<double>(list.num_systems);
+    for (size_t axis = 0; axis < 3; ++axis) {
+      span_[axis] = int64_t(high[axis]) - low_[axis] + 1;
+      entries *= static_cast<double>(span_[axis]);
+    }
+    if (entries <= std::max(1e5, static_cast<double>(list.num_pairs)))
+      table_.assign(static_cast<size_t>(entries), -1);
+  }
+
+  int32_t operator()(const std::array<int32_t, 4>& image, std::vector<int32_t>& images) {
+    int32_t& number = table_.empty() ? map_.try_emplace(image, -1).first->second : table_[place(image)];
+    if (number < 0) {
+      number = static_cast<int32_t>(images.size() / 4);
+      images.insert(images.end(), image.begin(), image.end());
+    }
+    return number;
+  }
+
+ private:
+  size_t place(const std::array<int32_t, 4>& image) const {
+    int64_t at = image[3];
+    for (size_t axis = 0; axis < 3; ++axis) at = at * span_[axis] + (image[axis] - low_[axis]);
+    return static_cast<size_t>(at);
+  }
+
+  std::array<int32_t, 3> low_{0, 0, 0};
+  std::array<int64_t, 3> span_{1, 1, 1};
+  std::vector<int32_t> table_;
+  std::map<std::array<int32_t, 4>, int32_t> map_;
+};
+
+}  // namespace
+
 void compact(const PairList& list, const CompactList& out, std::vector<int32_t>& images) {
   const int64_t *i = list.mapping, *j = list.mapping + list.capacity;
-  std::map<std::array<int32_t, 4>, int32_t> number_of;
-  std::array<int32_t, 4> last{0, 0, 0, -1};
-  int32_t number = -1;
+  ImageNumbers number_of(list);
   int64_t row = 0;
   out.offsets[0] = 0;
   for (int64_t p = 0; p < list.num_pairs; ++p) {
     const int32_t* S = list.shifts + 3 * p;
     const int32_t b = list.system_idx == nullptr ? 0 : static_cast<int32_t>(list.system_idx[i[p]]);
-    const std::array<int32_t, 4> image{S[0], S[1], S[2], b};
-    if (image != last) {
-      const auto [found, is_new] = number_of.try_emplace(image, static_cast<int32_t>(number_of.size()));
-      if (is_new) images.insert(images.end(), image.begin(), image.end());
-      last = image;
-      number = found->second;
-    }
     while (row < i[p]) out.offsets[++row] = p;
     out.j[p] = static_cast<int32_t>(j[p]);
-    out.image[p] = number;
+    out.image[p] = number_of({S[0], S[1], S[2], b}, images);
   }
   while (row < list.num_atoms) out.offsets[++row] = list.num_pairs;
 }

@@ -146,7 +146,7 @@ struct FillSink {
       for (int64_t a = first; a < last; ++a) sort_row(list, search.list.atoms().index[static_cast<size_t>(a)]);
   }
 
-  // Puts row i in order of (j, S). Sorted are numbers of j and place, which most often are in order then: few atoms
+  // Puts row i in order of (j, S): of j and place first, which most often is that order already, because few atoms
   // are neighbours in several images.
   struct Entry {
     int64_t j;
@@ -154,10 +154,12 @@ struct FillSink {
     std::array<T, 3> vector;
   };
   std::vector<Entry> row;
-  std::vector<uint64_t> keys;
+  std::vector<int64_t> keys;
+  std::vector<int32_t> ranks, order;
   void sort_row(const List<T>& list, int64_t i) {
     const PairOutput<T>& out = list.out;
     const int64_t first = list.offsets[static_cast<size_t>(i)], last = list.offsets[static_cast<size_t>(i) + 1];
+    const size_t size = static_cast<size_t>(last - first);
     row.clear();
     keys.clear();
     for (int64_t p = first; p < last; ++p) {
@@ -165,25 +167,32 @@ struct FillSink {
       const T* v = out.vectors + 3 * p;
       const int64_t j = out.mapping[out.capacity + p];
       row.push_back({j, {s[0], s[1], s[2]}, {v[0], v[1], v[2]}});
-      keys.push_back(static_cast<uint64_t>(j) << 32 | static_cast<uint64_t>(p - first));
+      keys.push_back(j << 32 | (p - first));
     }
-    std::sort(keys.begin(), keys.end());
-    const auto j_of = [](uint64_t key) { return key >> 32; };
-    const auto entry_of = [&](uint64_t key) -> const Entry& { return row[key & 0xffffffffu]; };
-    for (auto begin = keys.begin(); begin != keys.end();) {
+    order.resize(size);
+    constexpr size_t few = 512;
+    if (size <= few) {
+      ranks.resize(size);
+      rank_numbers(keys.data(), static_cast<int>(size), ranks.data());
+      for (size_t n = 0; n < size; ++n) order[static_cast<size_t>(ranks[n])] = static_cast<int32_t>(n);
+    } else {
+      std::sort(keys.begin(), keys.end());
+      for (size_t n = 0; n < size; ++n) order[n] = static_cast<int32_t>(keys[n] & 0xffffffff);
+    }
+    const auto entry = [&](int32_t n) -> const Entry& { return row[static_cast<size_t>(n)]; };
+    for (auto begin = order.begin(); begin != order.end();) {
       auto end = begin + 1;
-      while (end != keys.end() && j_of(*end) == j_of(*begin)) ++end;
+      while (end != order.end() && entry(*end).j == entry(*begin).j) ++end;
       if (end - begin > 1)
-        std::sort(begin, end,
-                  [&](uint64_t one, uint64_t other) { return entry_of(one).shift < entry_of(other).shift; });
+        std::sort(begin, end, [&](int32_t a, int32_t b) { return entry(a).shift < entry(b).shift; });
       begin = end;
     }
-    for (size_t n = 0; n < keys.size(); ++n) {
-      const Entry& entry = entry_of(keys[n]);
+    for (size_t n = 0; n < size; ++n) {
+      const Entry& from = entry(order[n]);
       const int64_t p = first + static_cast<int64_t>(n);
-      out.mapping[out.capacity + p] = entry.j;
-      std::copy_n(entry.shift.begin(), 3, out.shifts + 3 * p);
-      std::copy_n(entry.vector.begin(), 3, out.vectors + 3 * p);
+      out.mapping[out.capacity + p] = from.j;
+      std::copy_n(from.shift.begin(), 3, out.shifts + 3 * p);
+      std::copy_n(from.vector.begin(), 3, out.vectors + 3 * p);
     }
   }
 };

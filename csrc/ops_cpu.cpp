@@ -56,7 +56,7 @@ auto with_search_input(const Tensor& positions, const Tensor& cell, const Tensor
                        const Run& run) {
   const ScalarType dtype = floating_dtype(positions);
   check_search(positions, cell, pbc);
-  require(positions.size(0) < (int64_t(1) << 32), "`positions` must hold fewer than 2**32 atoms");
+  require(positions.size(0) < (int64_t(1) << 31), "`positions` must hold fewer than 2**31 atoms");
   const Tensor r = packed(positions), h = packed(cell), flags = packed(pbc);
   const std::optional<Tensor> systems = packed(system_idx);
   const auto input = [&](auto zero) {

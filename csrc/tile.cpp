@@ -373,6 +373,15 @@ DIFFNL_VECTOR_CLONES void measure_gaps4(const double* x, const double* y, const 
   gap_loop(x, y, z, size, image, box, gaps4);
 }
 
+DIFFNL_VECTOR_CLONES void rank_numbers(const int64_t* numbers, int size, int32_t* ranks) {
+  for (int n = 0; n < size; ++n) {
+    const int64_t own = numbers[n];
+    int64_t smaller = 0;
+    for (int m = 0; m < size; ++m) smaller += numbers[m] < own ? 1 : 0;
+    ranks[n] = static_cast<int32_t>(smaller);
+  }
+}
+
 int select_below(const float* values, int size, float limit, int32_t* chosen) {
   return select_loop(values, size, limit, chosen);
 }

@@ -61,6 +61,10 @@ struct Tile {
 constexpr int kSelectSpare = 16;
 using Selection = std::array<int32_t, kTileSize + kSelectSpare>;
 
+// ranks[n] = how many of the numbers are smaller than numbers[n]. For rows of hundreds, where sorting by
+// comparisons would mispredict most of them.
+void rank_numbers(const int64_t* numbers, int size, int32_t* ranks);
+
 template <typename T>
 struct Box {
   T centre[3], half[3];  // half the edges
