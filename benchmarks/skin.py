@@ -7,9 +7,8 @@
 The atoms of the workload are moved by thermal displacements before every call, the same for all: 0.05 Å an
 axis, of which a skin of 1 Å bears much. Calls that are compared take turns. Best and median of all rounds.
 
-Last, a batch on its way: whether it would pay to search system by system where only some need it. Each step
-moves all atoms by 0.02 Å an axis at random; a layer follows the batch, and one each system, which tells how
-often that system alone would have been searched.
+Last, a batch on its way, each step by 0.02 Å an axis at random, the atoms of one system further: what the
+layer does, which on the CPU searches those systems that need it, and what it would be to search all then.
 """
 
 from __future__ import annotations
@@ -78,36 +77,30 @@ def compare_cutoffs(system: System, moved: list[torch.Tensor]) -> None:
         print(f"{cutoffs!s:24} {one:8.3f} of {each:8.3f} ms  {one / each:5.2f}x")
 
 
-def follow_batch(size: str, dtype: torch.dtype, device: str, skin: float, steps: int) -> None:
+def follow_batch(size: str, hot: float, dtype: torch.dtype, device: str, skin: float, steps: int) -> None:
     system = make_system(size, dtype, device, 0)
-    of_system = [torch.nonzero(system.system_idx == b)[:, 0] for b in range(len(system.cell))]
-    whole = diffnl.NeighborList(CUTOFF, skin=skin)
-    single = [diffnl.NeighborList(CUTOFF, skin=skin) for _ in of_system]
-    positions, times, somewhere = system.positions, {True: [], False: []}, 0
+    where = system.cell, system.pbc, system.system_idx
+    temper = torch.where(system.system_idx == 0, hot, 1.0).to(system.positions)[:, None]
+    as_it_is, anew = diffnl.NeighborList(CUTOFF, skin=skin), diffnl.NeighborList(CUTOFF, skin=skin)
+    milliseconds, searches = {"as it is": 0.0, "all anew": 0.0}, {"as it is": 0, "all anew": 0}
+    positions = system.positions
     for move in random_moves(positions, 0.02, steps):
-        positions = positions + move
-        searches = whole.searches
-        time = seconds(lambda r=positions: whole(r, system.cell, system.pbc, system.system_idx), device)
-        times[whole.searches > searches].append(time * 1e3)
-        before = sum(layer.searches for layer in single)
-        for b, atoms in enumerate(of_system):
-            single[b](positions[atoms], system.cell[b], system.pbc[b])
-        somewhere += sum(layer.searches for layer in single) > before
-    search, reuse = (statistics.median(times[kind]) for kind in (True, False))
-    together = whole.searches / steps
-    alone = statistics.mean(layer.searches for layer in single) / steps
-    costs = [reuse + share * (search - reuse) for share in (together, alone)]
-    print(f"{size} atoms, {steps} steps: a search takes {search:.3f} ms, a reuse {reuse:.3f} ms")
-    print(f"searches every {1 / together:.1f} steps for all, every {1 / alone:.1f} for a system by itself")
-    print(f"a step {costs[0]:.3f} ms; by system, if that cost nothing more, {costs[1]:.3f} ms", end="  ")
-    print(f"{costs[0] / costs[1]:5.2f}x")
-    candidates = diffnl.neighbor_pairs(positions, system.cell, system.pbc, CUTOFF + skin, system.system_idx)
-    rows = torch.zeros(len(candidates.shifts), dtype=torch.int64, device=device)
-    copy = statistics.median(seconds(rows.clone, device) for _ in range(20)) * 1e3
-    print(
-        f"in {somewhere} steps some system would have been searched, and its rows moved among the others': "
-        f"to copy all takes {copy:.3f} ms"
-    )
+        positions = positions + temper * move
+        before = as_it_is.searches
+        milliseconds["as it is"] += seconds(lambda r=positions: as_it_is(r, *where), device) * 1e3
+        searches["as it is"] += as_it_is.searches > before
+        before = anew.searches
+        time = seconds(lambda r=positions, layer=anew: layer(r, *where), device)
+        if anew.searches > before:
+            # What it would have been to search all: the first call of a layer.
+            anew = diffnl.NeighborList(CUTOFF, skin=skin)
+            time = seconds(lambda r=positions, layer=anew: layer(r, *where), device)
+            searches["all anew"] += 1
+        milliseconds["all anew"] += time * 1e3
+    print(f"{size} atoms, {steps} steps, the first system {hot:g} times as fast:", end="")
+    for name, total in milliseconds.items():
+        print(f"  {name} {total / steps:.3f} ms a step, {searches[name]} with a search", end=";")
+    print(f"  {milliseconds['all anew'] / milliseconds['as it is']:.2f}x")
 
 
 def main() -> None:
@@ -127,7 +120,8 @@ def main() -> None:
     moved = [system.positions + move for move in random_moves(system.positions, 0.05, options.rounds)]
     compare_reuse(system, moved, options.skin)
     compare_cutoffs(system, moved)
-    follow_batch(options.batch, dtype, options.device, options.skin, options.steps)
+    for hot in (1.0, 4.0):
+        follow_batch(options.batch, hot, dtype, options.device, options.skin, options.steps)
 
 
 if __name__ == "__main__":

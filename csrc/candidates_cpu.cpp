@@ -177,40 +177,81 @@ void compact(const PairList& list, const CompactList& out, std::vector<int32_t>&
   while (row < list.num_atoms) out.offsets[++row] = list.num_pairs;
 }
 
+void merge(const Candidates& batch, int64_t num_systems, const PartOfBatch& part, int64_t* offsets,
+           std::vector<int32_t>& images, const std::function<CompactList(int64_t)>& allocate) {
+  // Images belong to one system each: those of the replaced systems go, the new ones come behind the rest.
+  std::vector<bool> replaced(static_cast<size_t>(num_systems), false);
+  for (int64_t b = 0; b < part.num_systems; ++b) replaced[static_cast<size_t>(part.systems[b])] = true;
+  std::vector<int32_t> renumbered(static_cast<size_t>(batch.num_images), -1);
+  for (int64_t m = 0; m < batch.num_images; ++m) {
+    const int32_t* image = batch.images + 4 * m;
+    if (replaced[static_cast<size_t>(image[3])]) continue;
+    renumbered[static_cast<size_t>(m)] = static_cast<int32_t>(images.size() / 4);
+    images.insert(images.end(), image, image + 4);
+  }
+  const int32_t first_new = static_cast<int32_t>(images.size() / 4);
+  for (int64_t m = 0; m < part.candidates.num_images; ++m) {
+    const int32_t* image = part.candidates.images + 4 * m;
+    images.insert(images.end(), {image[0], image[1], image[2], static_cast<int32_t>(part.systems[image[3]])});
+  }
+
+  const auto for_each_row = [&](const auto& visit) {
+    int64_t a = 0;
+    for (int64_t i = 0; i < batch.num_atoms; ++i) {
+      const bool is_new = a < part.candidates.num_atoms && part.atoms[a] == i;
+      visit(i, is_new ? part.candidates : batch, is_new ? a : i, is_new);
+      a += is_new;
+    }
+  };
+  offsets[0] = 0;
+  for_each_row([&](int64_t i, const Candidates& from, int64_t row, bool) {
+    offsets[i + 1] = offsets[i] + (from.offsets[row + 1] - from.offsets[row]);
+  });
+  const CompactList out = allocate(offsets[batch.num_atoms]);
+  for_each_row([&](int64_t i, const Candidates& from, int64_t row, bool is_new) {
+    int64_t to = offsets[i];
+    for (int64_t p = from.offsets[row]; p < from.offsets[row + 1]; ++p, ++to) {
+      out.j[to] = is_new ? static_cast<int32_t>(part.atoms[from.j[p]]) : from.j[p];
+      out.image[to] = is_new ? first_new + from.image[p] : renumbered[static_cast<size_t>(from.image[p])];
+    }
+  });
+}
+
 // ------------------------------------------------------------------------------------------ validity
 
 template <typename T>
-bool still_hold(const Motion<T>& motion, double cutoff, double radius) {
+void find_margins(const Motion<T>& motion, double cutoff, double radius, double* margins) {
   struct Moves {
+    Drift drift;
+    bool known;
     double most2 = 0.0;    // max |u|^2
     double largest = 0.0;  // |component| of a position
   };
-  const size_t num_systems = static_cast<size_t>(motion.num_systems);
-  std::vector<Drift> drifts(num_systems);
-  std::vector<Moves> moves(num_systems);
-  for (size_t b = 0; b < num_systems; ++b) {
+  std::vector<Moves> moves(static_cast<size_t>(motion.num_systems));
+  for (size_t b = 0; b < moves.size(); ++b) {
     const int64_t at = static_cast<int64_t>(b);
     const bool* pbc = motion.pbc + at * motion.pbc_stride;
-    if (!make_drift(motion.old_cell + 9 * at, motion.cell + 9 * at, pbc, drifts[b])) return false;
+    moves[b].known = make_drift(motion.old_cell + 9 * at, motion.cell + 9 * at, pbc, moves[b].drift);
   }
   for (int64_t i = 0; i < motion.num_atoms; ++i) {
-    const size_t b = motion.system_idx == nullptr ? 0 : static_cast<size_t>(motion.system_idx[i]);
+    Moves& of_system = moves[motion.system_idx == nullptr ? 0 : static_cast<size_t>(motion.system_idx[i])];
+    if (!of_system.known) continue;
     const T *from = motion.old_positions + 3 * i, *to = motion.positions + 3 * i;
-    const double moved2 = squared_move(drifts[b], from, to);
-    if (!std::isfinite(moved2)) return false;  // max would lose a NaN
-    moves[b].most2 = std::max(moves[b].most2, moved2);
+    const double moved2 = squared_move(of_system.drift, from, to);
+    of_system.known = std::isfinite(moved2);  // max would lose a NaN
+    of_system.most2 = std::max(of_system.most2, moved2);
     for (int c = 0; c < 3; ++c)
-      moves[b].largest = std::max(moves[b].largest, std::abs(static_cast<double>(to[c])));
+      of_system.largest = std::max(of_system.largest, std::abs(static_cast<double>(to[c])));
   }
-  for (size_t b = 0; b < num_systems; ++b)
-    if (!still_holds<T>(drifts[b], moves[b].most2, moves[b].largest, cutoff, radius)) return false;
-  return true;
+  for (size_t b = 0; b < moves.size(); ++b)
+    margins[b] = moves[b].known ? margin<T>(moves[b].drift, moves[b].most2, moves[b].largest, cutoff, radius)
+                                : -std::numeric_limits<double>::infinity();
 }
 
 #define DIFFNL_INSTANTIATE(T)                                             \
   template void select_cpu(const Candidates&, const T*, const T*, double, \
                            const std::function<PairOutput<T>(int64_t)>&); \
-  template bool still_hold(const Motion<T>&, double, double);
+  template void find_margins(const Motion<T>&, double, double, double*);
 DIFFNL_INSTANTIATE(float)
 DIFFNL_INSTANTIATE(double)
 #undef DIFFNL_INSTANTIATE

@@ -28,6 +28,18 @@ struct CompactList {
 // The candidates of a list in ascending order of i; appends (S, system) of each image to `images`.
 void compact(const PairList& list, const CompactList& out, std::vector<int32_t>& images);
 
+// Candidates of some systems, searched by themselves: which atoms and systems of the batch these are, in ascending
+// order.
+struct PartOfBatch {
+  Candidates candidates;
+  const int64_t *atoms, *systems;
+  int64_t num_systems;
+};
+
+// The candidates of a batch with some of its systems' replaced; appends the images. `allocate(C)` is called once.
+void merge(const Candidates& batch, int64_t num_systems, const PartOfBatch& part, int64_t* offsets,
+           std::vector<int32_t>& images, const std::function<CompactList(int64_t)>& allocate);
+
 // The candidates closer than the cutoff, by the exact test. `allocate(P)` is called once, from the calling thread.
 template <typename T>
 void select_cpu(const Candidates& candidates, const T* positions, const T* cell, double cutoff,
@@ -44,8 +56,8 @@ struct Motion {
   int64_t num_atoms, num_systems;
 };
 
-// Whether candidates to `radius` still hold all pairs closer than `cutoff`.
+// By how much candidates to `radius` reach beyond the pairs closer than `cutoff`, for each system (drift.h).
 template <typename T>
-bool still_hold(const Motion<T>& motion, double cutoff, double radius);
+void find_margins(const Motion<T>& motion, double cutoff, double radius, double* margins);
 
 }  // namespace diffnl

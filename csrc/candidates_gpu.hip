@@ -84,7 +84,7 @@ __device__ inline void judge(const GpuSelection<T>& s, int64_t b) {
   const GpuDrift& drift = s.drifts[b];
   const double moved2 = from_ordered_bits(look_at(drift.moved2)),
                largest = from_ordered_bits(look_at(drift.largest));
-  if (!still_holds<T>(drift.drift, moved2, largest, s.cutoff, s.radius)) atomicMax(&s.state->must_search, 1u);
+  if (!(margin<T>(drift.drift, moved2, largest, s.cutoff, s.radius) >= 0.0)) atomicMax(&s.state->must_search, 1u);
 }
 
 template <typename T>

@@ -72,11 +72,10 @@ DIFFNL_HD inline double squared_move(const Drift& drift, const T* from, const T*
   return squared;
 }
 
-// Whether candidates to `radius` hold all pairs of a system closer than `cutoff`; `moved2` is the largest |u|^2,
-// `largest` bounds |component| of the positions now.
+// By how much candidates to `radius` reach beyond all pairs of a system closer than `cutoff`; they hold these
+// while that is not negative. `moved2` is the largest |u|^2, `largest` bounds |component| of the positions now.
 template <typename T>
-DIFFNL_HD inline bool still_holds(const Drift& drift, double moved2, double largest, double cutoff,
-                                  double radius) {
+DIFFNL_HD inline double margin(const Drift& drift, double moved2, double largest, double cutoff, double radius) {
   const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
   // |S_k| <= |v - (r_j - r_i)| / height_k for any pair that could matter.
   const double apart = radius + 4.0 * largest;
@@ -84,7 +83,7 @@ DIFFNL_HD inline bool still_holds(const Drift& drift, double moved2, double larg
   for (int k = 0; k < 3; ++k)
     if (drift.now.periodic[k]) translation += (apart / drift.now.height[k] + 1.0) * drift.now.length[k];
   const double rounding = 16.0 * eps * (translation + apart) + 1e-7 * radius;
-  return drift.stretch * (radius - rounding) - 2.0 * std::sqrt(moved2) >= cutoff + rounding;
+  return drift.stretch * (radius - rounding) - 2.0 * std::sqrt(moved2) - (cutoff + rounding);
 }
 
 }  // namespace diffnl

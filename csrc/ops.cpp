@@ -62,8 +62,15 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
       "num_systems) "
       "-> (Tensor offsets, Tensor j, Tensor image, Tensor images)");
   m.def(
-      "candidates_hold(Tensor old_positions, Tensor old_cell, Tensor positions, Tensor cell, Tensor pbc, "
-      "Tensor? system_idx, float cutoff, float radius) -> bool");
+      "candidates_margins(Tensor old_positions, Tensor old_cell, Tensor positions, Tensor cell, Tensor pbc, "
+      "Tensor? system_idx, float cutoff, float radius) -> Tensor margins");
+  // Those of some systems of a batch replaced by others, whose rows are `atoms` and whose images' systems are
+  // `systems` of the batch.
+  m.def(
+      "merge_candidates(Tensor offsets, Tensor j, Tensor image, Tensor images, Tensor part_offsets, Tensor "
+      "part_j, "
+      "Tensor part_image, Tensor part_images, Tensor atoms, Tensor systems, int num_systems) "
+      "-> (Tensor offsets, Tensor j, Tensor image, Tensor images)");
   // With a capacity, a padded list.
   m.def(
       "select_candidates(Tensor positions, Tensor cell, Tensor offsets, Tensor j, Tensor image, Tensor images, "

@@ -233,6 +233,12 @@ std::tuple<Tensor, Tensor> pair_vectors_adjoint(const Tensor& grad, const Tensor
 
 // ------------------------------------------------------------------------------------- candidates
 
+Tensor images_tensor(const Tensor& like, const std::vector<int32_t>& found) {
+  const Tensor images = empty(like, {static_cast<int64_t>(found.size()) / 4, 4}, ScalarType::Int);
+  std::copy(found.begin(), found.end(), mutable_data<int32_t>(images));
+  return images;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> compact_candidates(const Tensor& mapping, const Tensor& shifts,
                                                               const std::optional<Tensor>& system_idx,
                                                               int64_t num_atoms, int64_t num_systems) {
@@ -245,14 +251,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_candidates(const Tensor& mapp
   const CompactList out{mutable_data<int64_t>(offsets), mutable_data<int32_t>(j), mutable_data<int32_t>(image)};
   std::vector<int32_t> found;
   compact(list_of(held, count, num_atoms, num_systems), out, found);
-  const Tensor images = empty(mapping, {static_cast<int64_t>(found.size()) / 4, 4}, ScalarType::Int);
-  std::copy(found.begin(), found.end(), mutable_data<int32_t>(images));
-  return {offsets, j, image, images};
+  return {offsets, j, image, images_tensor(mapping, found)};
 }
 
-bool candidates_hold(const Tensor& old_positions, const Tensor& old_cell, const Tensor& positions,
-                     const Tensor& cell, const Tensor& pbc, const std::optional<Tensor>& system_idx, double cutoff,
-                     double radius) {
+// What `compact_candidates` returned, and is given back.
+Candidates candidates_of(const Tensor& offsets, const Tensor& j, const Tensor& image, const Tensor& images) {
+  const int64_t num_atoms = offsets.size(0) - 1;
+  check_shape(image, "image", {j.size(0)});
+  check_shape(images, "images", {-1, 4});
+  check_dtype(offsets, "offsets", ScalarType::Long);
+  for (const Tensor* t : {&j, &image, &images}) check_dtype(*t, "candidates", ScalarType::Int);
+  return {data<int64_t>(offsets), data<int32_t>(j), data<int32_t>(image),
+          data<int32_t>(images),  num_atoms,        images.size(0)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_candidates(const Tensor& offsets, const Tensor& j,
+                                                            const Tensor& image, const Tensor& images,
+                                                            const Tensor& part_offsets, const Tensor& part_j,
+                                                            const Tensor& part_image, const Tensor& part_images,
+                                                            const Tensor& atoms, const Tensor& systems,
+                                                            int64_t num_systems) {
+  const Candidates batch = candidates_of(offsets, j, image, images);
+  const Tensor of_atoms = packed(atoms), of_systems = packed(systems);
+  const PartOfBatch part{candidates_of(part_offsets, part_j, part_image, part_images), data<int64_t>(of_atoms),
+                         data<int64_t>(of_systems), of_systems.size(0)};
+  check_shape(atoms, "atoms", {part.candidates.num_atoms});
+  const Tensor merged_offsets = empty(offsets, {batch.num_atoms + 1}, ScalarType::Long);
+  std::optional<Tensor> merged_j, merged_image;
+  std::vector<int32_t> found;
+  int64_t* first = mutable_data<int64_t>(merged_offsets);
+  merge(batch, num_systems, part, first, found, [&](int64_t count) -> CompactList {
+    merged_j = empty_on_large_pages(offsets, {count}, ScalarType::Int);
+    merged_image = empty_on_large_pages(offsets, {count}, ScalarType::Int);
+    return {first, mutable_data<int32_t>(*merged_j), mutable_data<int32_t>(*merged_image)};
+  });
+  return {merged_offsets, *merged_j, *merged_image, images_tensor(offsets, found)};
+}
+
+// (B,) float64, for each system; not negative where the candidates hold all pairs.
+Tensor candidates_margins(const Tensor& old_positions, const Tensor& old_cell, const Tensor& positions,
+                          const Tensor& cell, const Tensor& pbc, const std::optional<Tensor>& system_idx,
+                          double cutoff, double radius) {
   check_search(positions, cell, pbc);
   check_shape(old_positions, "old_positions", {positions.size(0), 3});
   check_dtype(old_positions, "old_positions", positions.scalar_type());
@@ -261,15 +300,14 @@ bool candidates_hold(const Tensor& old_positions, const Tensor& old_cell, const 
   const Tensor r0 = packed(old_positions), h0 = packed(old_cell), r = packed(positions), h = packed(cell);
   const Tensor flags = packed(pbc);
   const std::optional<Tensor> systems = packed(system_idx);
-  bool holds = false;
+  const Tensor margins = empty(positions, {num_systems_of(h)}, ScalarType::Double);
   by_dtype(r, [&](auto zero) {
     using T = decltype(zero);
-    holds =
-        still_hold<T>({data<T>(r0), data<T>(r), data<T>(h0), data<T>(h), data<bool>(flags),
-                       flags.dim() == 1 ? 0 : 3, system_data(systems, r.size(0)), r.size(0), num_systems_of(h)},
-                      cutoff, radius);
+    find_margins<T>({data<T>(r0), data<T>(r), data<T>(h0), data<T>(h), data<bool>(flags), flags.dim() == 1 ? 0 : 3,
+                     system_data(systems, r.size(0)), r.size(0), num_systems_of(h)},
+                    cutoff, radius, mutable_data<double>(margins));
   });
-  return holds;
+  return margins;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_candidates(const Tensor& positions, const Tensor& cell,
@@ -279,10 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_candidates(const Tensor& posit
   check_vectors(positions, cell);
   const Tensor r = packed(positions), h = packed(cell);
   check_shape(offsets, "offsets", {r.size(0) + 1});
-  check_shape(image, "image", {j.size(0)});
-  check_shape(images, "images", {-1, 4});
-  const Candidates candidates{data<int64_t>(offsets), data<int32_t>(j), data<int32_t>(image),
-                              data<int32_t>(images),  r.size(0),        images.size(0)};
+  const Candidates candidates = candidates_of(offsets, j, image, images);
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> found;
   by_dtype(r, [&](auto zero) {
     using T = decltype(zero);
@@ -310,7 +345,8 @@ STABLE_TORCH_LIBRARY_IMPL(diffnl, CPU, m) {
   m.impl("neighbor_lists", TORCH_BOX(&diffnl::neighbor_lists));
   m.impl("padded_neighbor_pairs", TORCH_BOX(&diffnl::padded_neighbor_pairs));
   m.impl("compact_candidates", TORCH_BOX(&diffnl::compact_candidates));
-  m.impl("candidates_hold", TORCH_BOX(&diffnl::candidates_hold));
+  m.impl("candidates_margins", TORCH_BOX(&diffnl::candidates_margins));
+  m.impl("merge_candidates", TORCH_BOX(&diffnl::merge_candidates));
   m.impl("select_candidates", TORCH_BOX(&diffnl::select_candidates));
   m.impl("pair_vectors", TORCH_BOX(&diffnl::pair_vectors));
   m.impl("pair_vectors_adjoint", TORCH_BOX(&diffnl::pair_vectors_adjoint));

@@ -117,7 +117,7 @@ def compact_candidates(
     )
 
 
-def candidates_hold(
+def candidates_margins(
     old_positions: Tensor,
     old_cell: Tensor,
     positions: Tensor,
@@ -126,10 +126,11 @@ def candidates_hold(
     system_idx: Tensor | None,
     cutoff: float,
     radius: float,
-) -> bool:
-    """Whether the pairs to `radius` of old positions and cell hold all pairs to `cutoff` of the new ones."""
+) -> Tensor:
+    """(B,) float64, for each system by how much the pairs to `radius` of old positions and cell reach beyond
+    all pairs to `cutoff` of the new ones, which they hold where that is not negative."""
     return _call(
-        torch.ops.diffnl.candidates_hold.default,
+        torch.ops.diffnl.candidates_margins.default,
         old_positions,
         old_cell,
         positions,
@@ -139,6 +140,16 @@ def candidates_hold(
         cutoff,
         radius,
     )
+
+
+def merge_candidates(
+    batch: tuple[Tensor, ...], part: tuple[Tensor, ...], atoms: Tensor, systems: Tensor, num_systems: int
+) -> tuple[Tensor, ...]:
+    """Candidates of a batch, with those of some systems, which have been searched by themselves, replaced.
+
+    `atoms` and `systems`, both ascending, are the numbers in the batch of what is in `part`.
+    """
+    return _call(torch.ops.diffnl.merge_candidates.default, *batch, *part, atoms, systems, num_systems)
 
 
 def select_candidates(

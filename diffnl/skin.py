@@ -2,7 +2,7 @@
 
 Candidates to cutoff + skin are kept from one search. While they are known to hold every pair (the criterion
 and its proof: csrc/drift.h), a call selects from them by the exact test, with the positions and cell of that
-call: the same pairs, bits and gradients as a fresh sorted list.
+call: the same pairs and bits as a fresh sorted list, and gradients of what the call was given.
 
 On the CPU the host asks whether they hold. On a GPU the device does, and the answer comes with the number of
 pairs; with a capacity nobody on the host learns it, and the device searches by itself.
@@ -94,10 +94,11 @@ class Skin:
         longest = max(cutoffs)
         options = longest, skin, full
         kept = self._candidates
-        holds = kept is not None and kept.options == options and _all_pairs_are_in(kept, now, longest, skin)
-        self._counts[holds] += 1
-        if not holds:
-            kept = self._candidates = _search_on_cpu(now, options)
+        margins = None if kept is None or kept.options != options else _margins(kept, now)
+        reused = margins is not None and bool((margins >= 0).all())
+        self._counts[reused] += 1
+        if not reused:
+            kept = self._candidates = _search_on_cpu(now, options, kept, margins)
         select = Selection.forward if nobody_differentiates(*where[:2]) else Selection.call
         return [select(*where, *kept.found, cutoff, capacity) for cutoff in cutoffs]
 
@@ -172,27 +173,59 @@ def _own(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _all_pairs_are_in(kept: _Candidates, now: tuple, cutoff: float, skin: float) -> bool:
+def _margins(kept: _Candidates, now: tuple) -> Tensor | None:
+    """(B,) not negative where the candidates hold all pairs of a system; None if they are of other atoms."""
     positions, cell, pbc, system_idx = now
     old_positions, old_cell, old_pbc, old_system_idx = kept.inputs
-    return (
-        old_positions.shape == positions.shape
-        and old_positions.dtype == positions.dtype
-        and old_cell.shape == cell.shape
-        and torch.equal(old_pbc, pbc)
-        and (old_system_idx is None) == (system_idx is None)
-        and (system_idx is None or torch.equal(old_system_idx, system_idx))
-        and _ops.candidates_hold(old_positions, old_cell, *now, cutoff, cutoff + skin)
-    )
+    cutoff, skin, _ = kept.options
+    if (
+        old_positions.shape != positions.shape
+        or old_positions.dtype != positions.dtype
+        or old_cell.shape != cell.shape
+        or not torch.equal(old_pbc, pbc)
+        or (old_system_idx is None) != (system_idx is None)
+        or (system_idx is not None and not torch.equal(old_system_idx, system_idx))
+    ):
+        return None
+    return _ops.candidates_margins(old_positions, old_cell, *now, cutoff, cutoff + skin)
 
 
-def _search_on_cpu(now: tuple, options: tuple) -> _Candidates:
+def _search_on_cpu(
+    now: tuple, options: tuple, kept: _Candidates | None, margins: Tensor | None
+) -> _Candidates:
+    """Candidates of all systems, some of which may keep their old ones.
+
+    Those with half of their margin keep them. The others would have their turn soon, and each turn has its
+    price: so systems that are alike are searched together, and one that is hotter alone (benchmarks/skin.py).
+    """
+    holds = None if margins is None else margins >= 0.5 * options[1]
+    if holds is not None and holds.any():
+        try:
+            return _search_others(now, kept, holds)
+        except ValueError:
+            pass  # bad input, which the search of all names by its number
+    return _Candidates(tuple(map(_own, now)), options, _compact(now, options))
+
+
+def _search_others(now: tuple, kept: _Candidates, holds: Tensor) -> _Candidates:
+    positions, cell, pbc, system_idx = now
+    systems = (~holds).nonzero()[:, 0]
+    number = torch.zeros_like(holds, dtype=torch.int64)
+    number[systems] = torch.arange(len(systems))
+    atoms = (~holds)[system_idx].nonzero()[:, 0]
+    part = positions[atoms], cell[systems], pbc if pbc.ndim == 1 else pbc[systems], number[system_idx[atoms]]
+    found = _ops.merge_candidates(kept.found, _compact(part, kept.options), atoms, systems, len(holds))
+    old_positions, old_cell, *rest = kept.inputs
+    inputs = old_positions.index_copy(0, atoms, part[0]), old_cell.index_copy(0, systems, part[1]), *rest
+    return _Candidates(inputs, kept.options, found)
+
+
+def _compact(now: tuple, options: tuple) -> tuple[Tensor, ...]:
     positions, cell, _, system_idx = now
     cutoff, skin, full = options
     mapping, shifts, _ = _ops.neighbor_pairs(*now, cutoff + skin, full, True)
     num_systems = _validate.num_systems(cell)
-    compact = _ops.compact_candidates(mapping, shifts, system_idx, positions.shape[0], num_systems)
-    return _Candidates(tuple(map(_own, now)), options, compact)
+    return _ops.compact_candidates(mapping, shifts, system_idx, positions.shape[0], num_systems)
 
 
 def _shapes(now: tuple) -> tuple:

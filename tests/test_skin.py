@@ -116,13 +116,43 @@ def test_a_shear_of_the_cell_alone_is_noticed(box):
     assert_counts(layer, 2, 0)
 
 
-def test_one_system_of_a_batch_is_enough(device, dtype):
-    arguments = SYSTEMS["batch_mixed_pbc"].arguments(dtype, device)
+@pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
+def test_one_system_of_a_batch_is_enough(full, device, dtype, monkeypatch):
+    """Each in its turn; on the CPU no other is searched."""
+    positions, cell, pbc, system_idx = SYSTEMS["batch_mixed_pbc"].arguments(dtype, device)
+    layer = diffnl.NeighborList(3.0, skin=0.5, full=full)
+    layer(positions, cell, pbc, system_idx)
+    search, searched = diffnl._ops.neighbor_pairs, []
+
+    def watched(*arguments):
+        searched.append(len(arguments[0]))
+        return search(*arguments)
+
+    systems = system_idx.unique().tolist()
+    for count, b in enumerate(systems, start=2):
+        own = system_idx == b
+        positions[own.nonzero()[-1]] += 0.3
+        with monkeypatch.context() as patch:
+            patch.setattr(diffnl._ops, "neighbor_pairs", watched)
+            found = layer(positions, cell, pbc, system_idx)
+        assert_same_bits(found, fresh(positions, cell, pbc, system_idx, cutoff=3.0, full=full))
+        assert_counts(layer, count, 0)
+        if device.type == "cpu" and not EMULATED:
+            assert searched.pop() == int(own.sum()) and not searched
+    assert len(systems) > 1
+    layer(positions, cell, pbc, system_idx)
+    assert_counts(layer, 1 + len(systems), 1)
+
+
+def test_bad_input_of_a_batch_is_named_by_its_number(device):
+    """Not by its number among the systems that are searched."""
+    positions, cell, pbc, system_idx = SYSTEMS["batch_mixed_pbc"].arguments(torch.float64, device)
     layer = diffnl.NeighborList(3.0, skin=0.5)
-    layer(*arguments)
-    arguments[0][-1] += 0.3
-    assert_same_bits(layer(*arguments), fresh(*arguments, cutoff=3.0))
-    assert_counts(layer, 2, 0)
+    layer(positions, cell, pbc, system_idx)
+    atom = int((system_idx == system_idx.max()).nonzero()[-1])
+    positions[atom, 1] = torch.nan
+    with pytest.raises(ValueError, match=f"`positions` must be finite; got .* for atom {atom}"):
+        layer(positions, cell, pbc, system_idx)
 
 
 # ----- changes that must be noticed ------------------------------------------------------------------------
