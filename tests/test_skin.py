@@ -249,12 +249,13 @@ def test_candidates_beyond_their_room(device, dtype, gpu_kernels):
     positions, cell, *_ = SYSTEMS["diamond"].arguments(dtype, device)
     needed = 4 * len(positions)
     layer = diffnl.NeighborList(2.5, skin=1.45, capacity=needed)
-    padded = layer(positions, cell, True)
+    padded = layer(positions.requires_grad_(), cell, True)
     if not gpu_kernels:
         assert int(padded.check().num_pairs) == needed
         return
     enough = int(padded.num_pairs)
     assert enough > needed and padded.vectors.isnan().all()
+    assert torch.autograd.grad(padded.vectors.sum(), positions)[0].isnan().all()
     with pytest.raises(ValueError, match=f"`capacity` must be at least .* {enough}; got {needed}"):
         padded.check()
     layer.capacity = enough
