@@ -3,7 +3,6 @@
 #include "candidates_cpu.h"
 
 #include <map>
-#include <memory>
 #include <vector>
 
 #include "drift.h"

@@ -39,14 +39,7 @@ struct SelectionState {
 };
 
 template <typename T>
-struct GpuSelection {
-  const T* positions;         // (N, 3)
-  const T* cell;              // (B, 3, 3)
-  const bool* pbc;            // (B, 3), or (3,) with pbc_stride 0
-  const int64_t* system_idx;  // (N,) or null
-  int64_t pbc_stride;         // 3 or 0
-  int64_t num_atoms;          // N
-  int64_t num_systems;        // B
+struct GpuSelection : GpuAtoms<T> {
   GpuCandidates<T> kept;
   double cutoff, radius;  // of the pairs, of the candidates
   T cutoff2;

@@ -40,6 +40,26 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
+// Size of `rows` of a linked list (ops.cpp), and its parts: the first pair of each row, atoms grouped by system,
+// the first atom of each system.
+inline int64_t num_rows(int64_t num_atoms, int64_t num_systems) { return 2 * num_atoms + num_systems + 2; }
+
+struct RowPointers {
+  int64_t *offsets, *order, *first_of_system;
+
+  RowPointers(const Tensor& rows, int64_t num_atoms)
+      : offsets(mutable_data<int64_t>(rows)), order(offsets + num_atoms + 1), first_of_system(order + num_atoms) {}
+};
+
+// `pbc` is (3,) or (B, 3). The tensors must outlive the pointers.
+template <typename T>
+GpuAtoms<T> atoms_of(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
+                     const std::optional<Tensor>& system_idx) {
+  const int64_t num_atoms = positions.size(0);
+  return {data<T>(positions),     data<T>(cell), data<bool>(pbc),     system_data(system_idx, num_atoms),
+          pbc.dim() == 1 ? 0 : 3, num_atoms,     num_systems_of(cell)};
+}
+
 // Arrays of one call in one allocation.
 class Workspace {
  public:

@@ -324,7 +324,7 @@ void traverse(const Search<T>& search, Budget& budget, const MakeSink& make_sink
 
 template <typename T>
 void search_cpu(const SearchInput<T>& in, const std::vector<double>& shorter,
-                const std::function<PairOutput<T>(size_t, int64_t)>& allocate) {
+                const std::function<PairOutput<T>(int64_t)>& allocate) {
   const CellList<T> cells(in);
   const Search<T> search{in, cells};
   const size_t n = static_cast<size_t>(in.num_atoms);
@@ -338,17 +338,17 @@ void search_cpu(const SearchInput<T>& in, const std::vector<double>& shorter,
     for (size_t i = 0; i < n; ++i) list.offsets[i + 1] = list.offsets[i] + list.next[i];
   if (memory.exhausted()) data_error("out_of_memory", lists[0].offsets[n]);
 
-  for (size_t k = 0; k < lists.size(); ++k) {
-    lists[k].out = allocate(k, lists[k].offsets[n]);
-    std::copy_n(lists[k].offsets.begin(), n, lists[k].next.begin());
+  for (List<T>& list : lists) {
+    list.out = allocate(list.offsets[n]);
+    std::copy_n(list.offsets.begin(), n, list.next.begin());
   }
   Budget unlimited(std::numeric_limits<int64_t>::max());
   traverse(search, unlimited, [&] { return FillSink<T>{search, lists, {}, {}}; });
 }
 
 template void search_cpu(const SearchInput<float>&, const std::vector<double>&,
-                         const std::function<PairOutput<float>(size_t, int64_t)>&);
+                         const std::function<PairOutput<float>(int64_t)>&);
 template void search_cpu(const SearchInput<double>&, const std::vector<double>&,
-                         const std::function<PairOutput<double>(size_t, int64_t)>&);
+                         const std::function<PairOutput<double>(int64_t)>&);
 
 }  // namespace diffnl

@@ -17,11 +17,11 @@ struct PairOutput {
   int64_t capacity;  // C
 };
 
-// Finds all pairs, and those within each of the `shorter` cutoffs. `allocate(k, P)` is called once for each list,
-// from the calling thread, when its number of pairs is known: list 0 is the longest, the others follow in order.
+// Finds all pairs, and those within each of the `shorter` cutoffs. `allocate(P)` is called once for each list,
+// from the calling thread, when its number of pairs is known: for the longest, then for the others in order.
 template <typename T>
 void search_cpu(const SearchInput<T>& in, const std::vector<double>& shorter,
-                const std::function<PairOutput<T>(size_t, int64_t)>& allocate);
+                const std::function<PairOutput<T>(int64_t)>& allocate);
 
 // A list that exists: which atoms, through which image, in which system.
 struct PairList {

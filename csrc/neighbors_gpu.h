@@ -101,19 +101,24 @@ struct SearchState {
   unsigned interleaved;      // the atoms of systems are not in one piece each: found when rows are sorted
 };
 
+// What a list is of.
 template <typename T>
-struct GpuSearch {
+struct GpuAtoms {
   const T* positions;         // (N, 3)
   const T* cell;              // (B, 3, 3)
-  const bool* pbc;            // (B, 3), or (1, 3) with pbc_stride 0
+  const bool* pbc;            // (B, 3), or (3,) with pbc_stride 0
   const int64_t* system_idx;  // (N,) or null
   int64_t pbc_stride;         // 3 or 0
   int64_t num_atoms;          // N
   int64_t num_systems;        // B
-  int64_t num_slots;          // capacity of the table of bins
-  int64_t segment_capacity;   // of `hits` and `segments`
-  int64_t most_pairs;         // that memory could hold
-  int64_t capacity;           // of a padded list; otherwise -1
+};
+
+template <typename T>
+struct GpuSearch : GpuAtoms<T> {
+  int64_t num_slots;         // capacity of the table of bins
+  int64_t segment_capacity;  // of `hits` and `segments`
+  int64_t most_pairs;        // that memory could hold
+  int64_t capacity;          // of a padded list; otherwise -1
   double cutoff;
   T cutoff2;
   bool full;

@@ -132,9 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> neighbor_pairs(const Tensor& positions, const
                                                   const std::optional<Tensor>& system_idx, double cutoff,
                                                   bool full, bool sorted) {
   const auto search = [&]<typename T>(const SearchInput<T>& in) -> std::tuple<Tensor, Tensor, Tensor> {
-    const Outputs found = exact_list<T>(positions, [&](const auto& allocate) {
-      search_cpu<T>(in, {}, [&](size_t, int64_t num_pairs) { return allocate(num_pairs); });
-    });
+    const Outputs found = exact_list<T>(positions, [&](const auto& allocate) { search_cpu<T>(in, {}, allocate); });
     return {found.mapping, found.shifts, found.vectors};
   };
   return with_search_input(positions, cell, pbc, system_idx, cutoff, full, sorted, search);
@@ -148,7 +146,7 @@ std::vector<Tensor> neighbor_lists(const Tensor& positions, const Tensor& cell, 
   const std::vector<double> shorter(cutoffs.begin() + 1, cutoffs.end());
   const auto search = [&]<typename T>(const SearchInput<T>& in) {
     std::vector<Tensor> found;
-    search_cpu<T>(in, shorter, [&](size_t, int64_t num_pairs) {
+    search_cpu<T>(in, shorter, [&](int64_t num_pairs) {
       check_memory(num_pairs, bytes_of<T>(num_pairs));
       const Outputs list(positions, num_pairs);
       found.insert(found.end(), {list.mapping, list.shifts, list.vectors});
@@ -165,9 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> padded_neighbor_pairs(const Tensor& p
                                                                  double cutoff, int64_t capacity, bool full,
                                                                  bool sorted) {
   const auto search = [&]<typename T>(const SearchInput<T>& in) {
-    return padded_list<T>(positions, cutoff, capacity, [&](const auto& allocate) {
-      search_cpu<T>(in, {}, [&](size_t, int64_t num_pairs) { return allocate(num_pairs); });
-    });
+    return padded_list<T>(positions, cutoff, capacity,
+                          [&](const auto& allocate) { search_cpu<T>(in, {}, allocate); });
   };
   return with_search_input(positions, cell, pbc, system_idx, cutoff, full, sorted, search);
 }

@@ -38,13 +38,13 @@ class HeldLinks {
       : links_(packed(links)), rows_(packed(rows)) {
     check_shape(links, "links", {-1});
     check_dtype(links, "links", ScalarType::Long);
-    check_shape(rows, "rows", {2 * num_atoms + num_systems + 2});
+    check_shape(rows, "rows", {num_rows(num_atoms, num_systems)});
     check_dtype(rows, "rows", ScalarType::Long);
-    const int64_t* offsets = data<int64_t>(rows_);
+    const RowPointers row(rows_, num_atoms);
     list = {nullptr,       nullptr,   static_cast<const Link*>(links_.const_data_ptr()),
-            offsets,       nullptr,   nullptr,
+            row.offsets,   nullptr,   nullptr,
             links.size(0), num_atoms, num_systems};
-    order = {offsets + num_atoms + 1, offsets + 2 * num_atoms + 1};
+    order = {row.order, row.first_of_system};
   }
 
   GpuPairList list;

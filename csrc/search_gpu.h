@@ -42,11 +42,6 @@ auto if_memory_suffices(const Make& make) -> std::optional<decltype(make())> {
   }
 }
 
-// Size of `rows` of a linked list (ops.cpp).
-inline int64_t num_rows(const Tensor& positions, const Tensor& cell) {
-  return 2 * positions.size(0) + num_systems_of(cell) + 2;
-}
-
 // A list on its way to its operator's outputs.
 struct Found {
   Tensor mapping, shifts, vectors, links, rows;
@@ -77,16 +72,11 @@ class Search {
       : flags_(packed(pbc)),
         rows(kept_rows.has_value()
                  ? *kept_rows
-                 : empty(positions, {linked ? num_rows(positions, cell) : 0}, ScalarType::Long)) {
-    const int64_t n = positions.size(0), num_systems = num_systems_of(cell);
+                 : empty(positions, {linked ? num_rows(positions.size(0), num_systems_of(cell)) : 0},
+                         ScalarType::Long)) {
+    static_cast<GpuAtoms<T>&>(s) = atoms_of<T>(positions, cell, flags_, system_idx);
+    const int64_t n = s.num_atoms, num_systems = s.num_systems;
     require(n < (int64_t(1) << 30), "`positions` must hold fewer than 2**30 atoms");
-    s.positions = data<T>(positions);
-    s.cell = data<T>(cell);
-    s.pbc = data<bool>(flags_);
-    s.pbc_stride = pbc.dim() == 1 ? 0 : 3;
-    s.system_idx = system_data(system_idx, n);
-    s.num_atoms = n;
-    s.num_systems = num_systems;
     s.num_slots = 2 * n + 32 * num_systems;
     s.segment_capacity = segment_capacity(n);
     s.capacity = -1;
@@ -118,9 +108,10 @@ class Search {
     if (!linked) work_.add(s.offsets, n + 1);
     work_.allocate(positions);
     if (linked) {
-      s.offsets = mutable_data<int64_t>(rows);
-      s.order = s.offsets + n + 1;
-      s.first_of_system = s.order + n;
+      const RowPointers row(rows, n);
+      s.offsets = row.offsets;
+      s.order = row.order;
+      s.first_of_system = row.first_of_system;
     }
   }
   Search(const Search&) = delete;  // `s` points into `work_`

@@ -7,14 +7,6 @@ namespace diffnl {
 
 namespace {
 
-// `rows` of a linked list (ops.cpp): first pair of each row, atoms by system, first atom of each system.
-struct RowPointers {
-  int64_t *offsets, *order, *first_of_system;
-
-  RowPointers(const Tensor& rows, int64_t num_atoms)
-      : offsets(mutable_data<int64_t>(rows)), order(offsets + num_atoms + 1), first_of_system(order + num_atoms) {}
-};
-
 // What a layer keeps, as its operators get it. Checked like any argument: it is Python that holds it.
 struct KeptTensors {
   const Tensor &positions, &cell, &pbc;
@@ -35,7 +27,7 @@ struct KeptTensors {
     require(system_idx.has_value() == batch, "kept_system_idx must be given with system_idx");
     check_shape(links, "links", {-1});
     check_dtype(links, "links", ScalarType::Long);
-    check_shape(rows, "rows", {num_rows(r, h)});
+    check_shape(rows, "rows", {num_rows(n, num_systems)});
     check_dtype(rows, "rows", ScalarType::Long);
     if (tally.has_value()) {
       check_shape(*tally, "tally", {2});
@@ -63,16 +55,12 @@ class Selection {
   Selection(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
             const std::optional<Tensor>& system_idx, const KeptTensors& kept, double cutoff, double radius,
             bool full, bool linked)
-      : flags_(packed(pbc)), rows(empty(positions, {linked ? num_rows(positions, cell) : 0}, ScalarType::Long)) {
-    const int64_t n = positions.size(0);
+      : flags_(packed(pbc)),
+        rows(
+            empty(positions, {linked ? num_rows(positions.size(0), num_systems_of(cell)) : 0}, ScalarType::Long)) {
+    static_cast<GpuAtoms<T>&>(s) = atoms_of<T>(positions, cell, flags_, system_idx);
+    const int64_t n = s.num_atoms;
     require(n > 0, "a selection takes atoms");
-    s.positions = data<T>(positions);
-    s.cell = data<T>(cell);
-    s.pbc = data<bool>(flags_);
-    s.pbc_stride = pbc.dim() == 1 ? 0 : 3;
-    s.system_idx = system_data(system_idx, n);
-    s.num_atoms = n;
-    s.num_systems = num_systems_of(cell);
     s.kept = kept.pointers<T>(positions, cell, flags_, system_idx.has_value());
     s.cutoff = cutoff;
     s.radius = radius;

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import _ops, _validate  # noqa: F401  (_ops loads what is described here)
+from . import _ops, _validate
 
 
 def _list_of_unknown_length(positions):
@@ -50,7 +50,7 @@ def _(
 @torch.library.register_fake("diffnl::linked_neighbor_pairs")
 def _(positions, cell, pbc, system_idx, cutoff, sorted=False):
     num_pairs = torch.library.get_ctx().new_dynamic_size()
-    num_rows = 2 * positions.shape[0] + _validate.num_systems(cell) + 2
+    num_rows = _ops.num_rows(positions.shape[0], _validate.num_systems(cell))
     return (
         positions.new_empty((2, num_pairs), dtype=torch.int64),
         positions.new_empty((num_pairs, 3), dtype=torch.int32),
@@ -72,7 +72,7 @@ def _(positions, cell, pbc, system_idx, cutoff, capacity, full=True, sorted=Fals
 
 @torch.library.register_fake("diffnl::padded_linked_neighbor_pairs")
 def _(positions, cell, pbc, system_idx, cutoff, capacity, sorted=False):
-    num_rows = 2 * positions.shape[0] + _validate.num_systems(cell) + 2
+    num_rows = _ops.num_rows(positions.shape[0], _validate.num_systems(cell))
     return (
         positions.new_empty((2, capacity), dtype=torch.int64),
         positions.new_empty((capacity, 3), dtype=torch.int32),

@@ -68,6 +68,20 @@ def _call(operator, *args):
         return operator(*args)
 
 
+def _call_on(operator, positions: Tensor, cell: Tensor | None, *args):
+    """`_call`; what is wrong with the data is told in the user's words."""
+    try:
+        return _call(operator, positions, cell, *args)
+    except RuntimeError as error:
+        _validate.raise_data_error(error, positions, cell)
+        raise
+
+
+def num_rows(num_atoms: int, num_systems: int) -> int:
+    """Size of the opaque `rows` of a linked list."""
+    return 2 * num_atoms + num_systems + 2
+
+
 def neighbor_pairs(
     positions: Tensor,
     cell: Tensor,
@@ -79,13 +93,16 @@ def neighbor_pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N, 3), (3, 3) or (B, 3, 3), (3,) or (B, 3) bool, (N,) int64 -> mapping (2, P), shifts (P, 3), vectors
     (P, 3)."""
-    try:
-        return _call(
-            torch.ops.diffnl.neighbor_pairs.default, positions, cell, pbc, system_idx, cutoff, full, sorted
-        )
-    except RuntimeError as error:
-        _validate.raise_data_error(error, positions, cell)
-        raise
+    return _call_on(
+        torch.ops.diffnl.neighbor_pairs.default,
+        positions,
+        cell,
+        pbc,
+        system_idx,
+        cutoff,
+        full,
+        sorted,
+    )
 
 
 def neighbor_lists(
@@ -99,11 +116,7 @@ def neighbor_lists(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What `neighbor_pairs` returns for each of several descending cutoffs, on the CPU."""
     operator = torch.ops.diffnl.neighbor_lists.default
-    try:
-        found = _call(operator, positions, cell, pbc, system_idx, cutoffs, full, sorted)
-    except RuntimeError as error:
-        _validate.raise_data_error(error, positions, cell)
-        raise
+    found = _call_on(operator, positions, cell, pbc, system_idx, cutoffs, full, sorted)
     return list(zip(found[::3], found[1::3], found[2::3], strict=True))
 
 
@@ -191,13 +204,15 @@ def linked_neighbor_pairs(
     Links and rows are opaque: they stand for mapping and shifts in `linked_vectors` and `linked_adjoint`.
     Both are empty where the list cannot be linked (|S| > 31, or 16,384 pairs of one atom).
     """
-    try:
-        return _call(
-            torch.ops.diffnl.linked_neighbor_pairs.default, positions, cell, pbc, system_idx, cutoff, sorted
-        )
-    except RuntimeError as error:
-        _validate.raise_data_error(error, positions, cell)
-        raise
+    return _call_on(
+        torch.ops.diffnl.linked_neighbor_pairs.default,
+        positions,
+        cell,
+        pbc,
+        system_idx,
+        cutoff,
+        sorted,
+    )
 
 
 def linked_vectors(
@@ -229,11 +244,7 @@ def search_candidates(
     positions: Tensor, cell: Tensor, pbc: Tensor, system_idx: Tensor | None, radius: float
 ) -> tuple[Tensor, Tensor]:
     """Links (C,) and rows of a full sorted list to `radius`, on a GPU; no rows where it cannot be linked."""
-    try:
-        return _call(torch.ops.diffnl.search_candidates.default, positions, cell, pbc, system_idx, radius)
-    except RuntimeError as error:
-        _validate.raise_data_error(error, positions, cell)
-        raise
+    return _call_on(torch.ops.diffnl.search_candidates.default, positions, cell, pbc, system_idx, radius)
 
 
 def select_linked(inputs: tuple, kept: tuple, cutoff: float, radius: float, *options: bool) -> tuple:
@@ -244,11 +255,7 @@ def select_linked(inputs: tuple, kept: tuple, cutoff: float, radius: float, *opt
     all pairs. Returns their number, -1 if they do not, then mapping, shifts, vectors, links and rows; the
     last two are empty unless the list is full and linked.
     """
-    try:
-        return _call(torch.ops.diffnl.select_linked.default, *inputs, *kept, cutoff, radius, *options)
-    except RuntimeError as error:
-        _validate.raise_data_error(error, *inputs[:2])
-        raise
+    return _call_on(torch.ops.diffnl.select_linked.default, *inputs, *kept, cutoff, radius, *options)
 
 
 def padded_select_linked(
@@ -325,13 +332,15 @@ def pair_vectors(
 
     `num_pairs` (), of a padded list: slots behind are 0.
     """
-    try:
-        return _call(
-            torch.ops.diffnl.pair_vectors.default, positions, cell, mapping, shifts, system_idx, num_pairs
-        )
-    except RuntimeError as error:
-        _validate.raise_data_error(error, positions, cell)
-        raise
+    return _call_on(
+        torch.ops.diffnl.pair_vectors.default,
+        positions,
+        cell,
+        mapping,
+        shifts,
+        system_idx,
+        num_pairs,
+    )
 
 
 def pair_vectors_adjoint(

@@ -152,7 +152,8 @@ class Skin:
         """Candidates that are still to be found, in memory that stays where it is."""
         positions, cell, *_ = now
         cutoff, skin, full, capacity, *_ = options
-        device, num_rows = positions.device, 2 * positions.shape[0] + _validate.num_systems(cell) + 2
+        device = positions.device
+        num_rows = _ops.num_rows(positions.shape[0], _validate.num_systems(cell))
         if device not in self._tallies:
             self._tallies[device] = torch.zeros(2, dtype=torch.int64, device=device)
         room = math.ceil(capacity * candidates_a_pair(cutoff, skin)) * (1 if full else 2)
