@@ -58,7 +58,7 @@ def neighbor_pairs(
 
     Returns:
         The pairs. The same input on the same device gives the same bits. For several cutoffs a tuple of
-        `Pairs` in their order, each with rows in the order of the longest, each differentiable by itself.
+        `Pairs` in their order, each differentiable by itself.
 
     Raises:
         ValueError: wrong shapes, devices or values; NaN or infinity; a singular cell on a periodic axis.
@@ -242,13 +242,15 @@ def _find_padded(where, cutoff: float, full: bool, sorted: bool, capacity: int) 
 
 
 def _find_several(where, cutoffs: tuple[float, ...], full: bool, sorted: bool) -> dict[float, Pairs]:
-    """A list for each cutoff, from one search."""
+    """A list for each cutoff: on the CPU from one traversal."""
     longest, *shorter = _descending(cutoffs)
     positions, cell, *_ = where
-    one_by_one = torch.compiler.is_compiling() or transforms_active()
-    if one_by_one or positions.device.type in _ops.LINKED_DEVICES:
+    if torch.compiler.is_compiling() or transforms_active():
         pairs = _find_fresh(where, longest, full, sorted, None)
         return {longest: pairs} | {cutoff: _closer(where, pairs, cutoff) for cutoff in shorter}
+    if positions.device.type in _ops.LINKED_DEVICES:
+        # A search of its own takes less time than to choose from the longest list, and its pairs have links.
+        return {one: _find_fresh(where, one, full, sorted, None) for one in (longest, *shorter)}
     detached = positions.detach(), cell.detach(), *where[2:]
     lists = _ops.neighbor_lists(*detached, [longest, *shorter], full, sorted)
     return {c: _differentiable(where, found) for c, found in zip((longest, *shorter), lists, strict=True)}
