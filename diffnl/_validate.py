@@ -299,6 +299,18 @@ def energy(value: Tensor, num_systems: int | None) -> Tensor:
     return t
 
 
+def ends_in(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    t = _tensor(name, value)
+    if tuple(t.shape[-len(shape) :]) != shape:
+        raise ValueError(f"`{name}` must have shape (..., {', '.join(map(str, shape))}); got {_shape(t)}")
+
+
+def shape_of_cell(name: str, value: Tensor, cell: Tensor) -> None:
+    ends_in("cell", cell, (3, 3))
+    if _tensor(name, value).shape != cell.shape:
+        raise ValueError(f"`{name}` must have the shape of `cell`, {_shape(cell)}; got {_shape(value)}")
+
+
 def requires_grad(name: str, t: Tensor) -> Tensor:
     if not t.requires_grad:
         raise ValueError(
