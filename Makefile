@@ -12,10 +12,11 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+ADAPTER_ENVS := $(notdir $(patsubst %/requirements.txt,%,$(wildcard tests/adapters/*/requirements.txt)))
 CXX_SOURCES := $(foreach kind,cpp h hip cu,$(wildcard csrc/*.$(kind) examples/deploy/*.$(kind) tests/hostgpu/*.$(kind) tests/hostgpu/hip/*.$(kind)))
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
 
-.PHONY: demo deploy elastic test asan hip hostgpu hostgpu32 hostgpu64 hostgpu-asan lint format bench wheel clean
+.PHONY: demo deploy elastic test test-adapters bench-adapters asan hip hostgpu hostgpu32 hostgpu64 hostgpu-asan lint format bench wheel clean always
 
 demo: $(VENV)/examples.installed
 	$(BIN)/python examples/train_mlip.py $(ARGS)
@@ -33,6 +34,15 @@ elastic: $(VENV)/examples.installed
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# diffnl/adapters against the packages they stand in for, at the releases that tests/adapters/*/requirements.txt pin:
+# each folder there is an environment of its own, for what cannot be installed together. Then a table.
+test-adapters: $(foreach env,$(ADAPTER_ENVS),build/adapters/$(env).json)
+	$(BIN)/python tests/adapters/table.py $^
+
+# Seconds a call of each adapter and of what it replaces.
+bench-adapters: $(foreach env,$(ADAPTER_ENVS),build/adapters/times-$(env).json)
+	@$(BIN)/python benchmarks/adapter_times.py --join $^
 
 # The list and gradient tests again, on a library built with AddressSanitizer and UndefinedBehaviorSanitizer.
 asan: $(VENV)/test.installed
@@ -72,6 +82,14 @@ SHIM := -std=c++20 -Wall -ffp-contract=off -Itests/hostgpu tests/hostgpu/test_sh
 # Fewer examples where an emulator runs the kernels; HYPOTHESIS_PROFILE=thorough asks for more than plenty.
 QUICK := HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),quick)
 
+# diffnl is taken from the checkout, where it was built in place: the library serves every torch.
+build/adapters/%.json: .venv-adapters-%/installed $(VENV)/test.installed always
+	rm -f $@
+	PYTHONPATH=$(CURDIR) ADAPTERS_RESULTS=$@ .venv-adapters-$*/bin/python -m pytest -q tests/adapters/$* $(ARGS)
+
+build/adapters/times-%.json: .venv-adapters-%/installed $(VENV)/test.installed always
+	PYTHONPATH=$(CURDIR) .venv-adapters-$*/bin/python benchmarks/adapter_times.py --json $@ $(ARGS)
+
 # The package in a folder of its own, built as the environment variables before the call say.
 build_into = $(BIN)/python setup.py -q build_ext --build-lib $(1) --build-temp $(1)/objects && \
     cp diffnl/*.py $(1)/diffnl/
@@ -99,8 +117,11 @@ wheel: $(VENV)/torch.installed
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
+always:
+.PRECIOUS: .venv-adapters-%/installed
+
 clean:
-	rm -rf build dist *.egg-info diffnl/_C*.so
+	rm -rf build dist *.egg-info diffnl/_C*.so .venv-adapters-*
 
 # ------------------------------------------------------------------------------- environments
 
@@ -112,6 +133,16 @@ $(VENV)/torch.installed:
 $(VENV)/lint.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $$($(PYTHON) -c "import re; print(*re.findall(r'\"((?:ruff|clang-format)==[^\"]+)\"', open('pyproject.toml').read()))")
+	touch $@
+
+# Packages that torch or each other keep from being installed by their own requirements are in no-deps.txt; what
+# compiles itself against torch is in no-isolation.txt.
+.venv-adapters-%/installed: tests/adapters/%/requirements.txt $(wildcard tests/adapters/*/no-*.txt)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q "$(TORCH)" "setuptools>=77,<81" wheel ninja pytest
+	$(@D)/bin/pip install -q "$(TORCH)" -r $<
+	if [ -f $(<D)/no-deps.txt ]; then $(@D)/bin/pip install -q --no-deps --ignore-requires-python -r $(<D)/no-deps.txt; fi
+	if [ -f $(<D)/no-isolation.txt ]; then $(@D)/bin/pip install -q --no-build-isolation -r $(<D)/no-isolation.txt; fi
 	touch $@
 
 # examples, test, bench: the extras of pyproject.toml, and diffnl built from this checkout.

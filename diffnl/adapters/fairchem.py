@@ -1,0 +1,117 @@
+"""fairchem's `radius_graph_pbc` and `radius_graph_pbc_v2`.
+
+from diffnl.adapters import fairchem
+
+fairchem.install()  # fairchem's models build their graphs with diffnl
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+import diffnl
+
+
+@torch.no_grad()
+def radius_graph_pbc(
+    data,
+    radius: float,
+    max_num_neighbors_threshold: int,
+    enforce_max_neighbors_strictly: bool = False,
+    pbc: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The graph of a batch, with fairchem's rows: row 0 is the neighbour j, row 1 the centre i.
+
+    An edge has |r_j - r_i + S @ h| <= radius, and a square above 1e-4, as there. Centres ascend, and for each
+    the neighbours and S. Atoms may lie outside the cell, where fairchem's own lists miss edges; systems may
+    differ in `data.pbc`, for which fairchem's raises. All runs on the device of `data.pos`.
+
+    Args:
+        data: `AtomicData`, or what has pos (N, 3), cell (B, 3, 3), natoms (B,), pbc (B, 3) or (3,). A `batch`
+            (N,) is used if there is one; otherwise atoms are in order of their systems.
+        radius: > 0, in the length unit of the positions.
+        max_num_neighbors_threshold: n, the nearest that an atom keeps; <= 0 for all. Unless strict, also all
+            whose squared distance is at most 0.01 above that of number n + 1: it leaves shells whole.
+        enforce_max_neighbors_strictly: keep n. Of equally far ones those with the lowest (j, S).
+        pbc: (3,) or (B, 3) bool instead of `data.pbc`: an axis is periodic in all systems if it is in one.
+
+    Returns:
+        edge_index (2, E) int64; cell_offsets (E, 3), S in the dtype of the cell; neighbors (B,) int64, the
+        number of edges of each system.
+
+    Raises:
+        AssertionError: `data` without pbc. ValueError, TypeError: as `diffnl.neighbor_pairs`.
+    """
+    assert hasattr(data, "pbc"), "AtomicData does not have pbc set"
+    pbc = data.pbc if pbc is None else pbc.reshape(-1, 3).any(0)
+    return _graph(data, radius, max_num_neighbors_threshold, enforce_max_neighbors_strictly, pbc, above=1e-4)
+
+
+@torch.no_grad()
+def radius_graph_pbc_v2(
+    data,
+    radius: float,
+    max_num_neighbors_threshold: int,
+    enforce_max_neighbors_strictly: bool = False,
+    pbc: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `radius_graph_pbc`, but only `data.pbc` counts, and only coincident atoms are no edge.
+
+    With a `data.node_partition`, the numbers of some atoms, only edges to those are listed.
+    """
+    assert hasattr(data, "pbc"), "AtomicData does not have pbc set"
+    targets = getattr(data, "node_partition", None)
+    most, strictly = max_num_neighbors_threshold, enforce_max_neighbors_strictly
+    return _graph(data, radius, most, strictly, data.pbc, above=0.0, targets=targets)
+
+
+def install() -> None:
+    """Lets fairchem's `generate_graph`, and so its models, use these as `radius_pbc_version` 1 and 2."""
+    from fairchem.core.graph import compute
+
+    compute.radius_graph_pbc, compute.radius_graph_pbc_v2 = radius_graph_pbc, radius_graph_pbc_v2
+
+
+def _graph(data, radius, most: int, strictly: bool, pbc: Tensor, above: float, targets: Tensor | None = None):
+    positions, cell, system_idx = data.pos, data.cell.reshape(-1, 3, 3), getattr(data, "batch", None)
+    num_atoms, num_systems = positions.shape[0], cell.shape[0]
+    if system_idx is None:
+        system_idx = torch.arange(num_systems, device=positions.device)
+        system_idx = system_idx.repeat_interleave(data.natoms, output_size=num_atoms)
+    pbc = torch.atleast_2d(pbc).to(positions.device).expand(num_systems, 3)
+    cutoff = _just_above(radius, positions.dtype)
+    mapping, shifts, vectors = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, system_idx, sorted=True)
+    squared = vectors.square().sum(1)
+    keep = squared > above
+    if targets is not None:
+        keep &= torch.zeros_like(system_idx, dtype=torch.bool).index_fill(0, targets, True)[mapping[0]]
+    mapping, shifts, squared = mapping[:, keep], shifts[keep], squared[keep]
+    rank = torch.arange(len(squared), device=squared.device) - torch.searchsorted(mapping[0], mapping[0])
+    if most > 0 and bool((rank >= most).any()):
+        nearest = _nearest(mapping[0], rank, squared, num_atoms, most, strictly)
+        mapping, shifts = mapping[:, nearest], shifts[nearest]
+    neighbors = torch.zeros(num_systems, dtype=torch.int64, device=positions.device)
+    neighbors.index_add_(0, system_idx[mapping[0]], torch.ones_like(mapping[0]))
+    return mapping.flip(0), shifts.to(cell.dtype), neighbors
+
+
+def _nearest(centers, rank, squared: Tensor, num_atoms: int, most: int, strictly: bool) -> Tensor:
+    """(E,) bool: which edges are kept. Centres ascend; ranks are places in the row of a centre."""
+    order = torch.argsort(squared, stable=True)
+    order = order[torch.argsort(centers[order], stable=True)]  # each row by distance
+    if strictly:
+        return torch.empty_like(order, dtype=torch.bool).index_put((order,), rank < most)
+    farthest, beyond = squared.new_full((num_atoms,), math.inf), order[rank == most]
+    farthest[centers[beyond]] = squared[beyond] + 0.01
+    return squared <= farthest[centers]
+
+
+def _just_above(radius: float, dtype: torch.dtype) -> float:
+    """The cutoff with which "<" is "<=" with the radius, in that dtype."""
+    limit = torch.tensor(radius * radius, dtype=dtype)
+    limit = torch.nextafter(limit, torch.full_like(limit, math.inf)).item()
+    cutoff = math.sqrt(limit)
+    while cutoff * cutoff < limit:  # in float64 the root may have been rounded down
+        cutoff = math.nextafter(cutoff, math.inf)
+    return cutoff

@@ -1,0 +1,69 @@
+"""What holds of the adapters without the codes they are for; `make test-adapters` tests them against those."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ADAPTERS = sorted(p for p in (ROOT / "diffnl" / "adapters").glob("*.py") if p.name != "__init__.py")
+# What the adapters are for, by the names they are imported under.
+OTHERS = """ase chgnet fairchem mace matscipy metatensor metatomic nequip allegro numpy nvalchemiops pymatgen schnetpack
+    sevenn torch_cluster torch_geometric torch_sim torchmdnet vesin warp""".split()
+
+BLOCKED = f"""
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {[name for name in OTHERS if name != "numpy"]}:
+            raise ImportError(f"{{name}} was imported")
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_there_are_adapters():
+    assert len(ADAPTERS) > 10
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
+def test_an_adapter_is_small(path):
+    assert len(path.read_text().splitlines()) < 120
+
+
+def test_importing_diffnl_imports_none_of_the_packages():
+    before = "import torch, sys; known = set(sys.modules); import diffnl"
+    loaded = run(f"{before}\nprint(*{{name.partition('.')[0] for name in set(sys.modules) - known}})")
+    assert "diffnl" in loaded
+    assert not set(loaded) & set(OTHERS)
+    assert not run(f"{before}\nprint(*[name for name in sys.modules if name.startswith('diffnl.ad')])")
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
+def test_importing_an_adapter_imports_no_package(path):
+    run(f"{BLOCKED}\nimport diffnl.adapters.{path.stem}")
+
+
+def test_the_block_blocks():
+    with pytest.raises(AssertionError, match="ase was imported"):
+        run(f"{BLOCKED}\nimport ase")
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
+def test_an_adapter_has_tests_a_recipe_and_a_benchmark(path):
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    imported = rf"diffnl\.adapters(\.{path.stem}\b| import .*\b{path.stem}\b)"
+    assert any(re.search(imported, block) for block in blocks), "no recipe in docs/integrations.md"
+    tests = [test.read_text() for test in (ROOT / "tests" / "adapters").glob("*/test_*.py")]
+    assert any(re.search(imported, test) for test in tests), "no test in tests/adapters"
+    assert (ROOT / "benchmarks" / "adapters" / f"{path.stem}.py").exists()
