@@ -1,4 +1,4 @@
-"""TorchSim since 0.5: its batched list, for one box and for twenty small ones, against its default and Vesin's."""
+"""TorchSim since 0.5: the list of a batch, one box or twenty small ones, against its default and Vesin's."""
 
 from importlib.metadata import version
 from pathlib import Path

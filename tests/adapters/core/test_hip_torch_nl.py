@@ -91,3 +91,9 @@ def test_recipe():
     found = run_recipe("hip_torch_nl")
     assert found["mapping"].shape[1] == len(found["shifts"]) > 0
     assert found["shifts"].dtype == found["cell"].dtype
+
+
+def test_recipe_of_stress_conventions():
+    names = run_recipe("Stress conventions")
+    assert torch.equal(names["voigt"][3], names["stress"][1, 2])
+    assert (names["kilobar"][0] * names["gigapascals"][0, 0]) < 0
