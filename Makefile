@@ -37,7 +37,8 @@ test: $(VENV)/test.installed
 
 # diffnl/adapters against the packages they stand in for, at the releases that tests/adapters/*/requirements.txt pin:
 # each folder there is an environment of its own, for what cannot be installed together. Then a table.
-test-adapters: $(foreach env,$(ADAPTER_ENVS),build/adapters/$(env).json)
+# A process for each file: some packages change torch's default dtype, and more, for all that comes after them.
+test-adapters: $(patsubst tests/%.py,build/%.json,$(wildcard tests/adapters/*/test_*.py))
 	$(BIN)/python tests/adapters/table.py $^
 
 # Seconds a call of each adapter and of what it replaces.
@@ -83,9 +84,10 @@ SHIM := -std=c++20 -Wall -ffp-contract=off -Itests/hostgpu tests/hostgpu/test_sh
 QUICK := HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),quick)
 
 # diffnl is taken from the checkout, where it was built in place: the library serves every torch.
-build/adapters/%.json: .venv-adapters-%/installed $(VENV)/test.installed always
-	rm -f $@
-	PYTHONPATH=$(CURDIR) ADAPTERS_RESULTS=$@ .venv-adapters-$*/bin/python -m pytest -q tests/adapters/$* $(ARGS)
+.SECONDEXPANSION:
+build/adapters/%.json: tests/adapters/%.py .venv-adapters-$$(dir $$*)installed $(VENV)/test.installed always
+	@rm -f $@
+	PYTHONPATH=$(CURDIR) ADAPTERS_RESULTS=$@ OMP_NUM_THREADS=1 $(dir $(word 2,$^))bin/python -m pytest -q $< $(ARGS)
 
 build/adapters/times-%.json: .venv-adapters-%/installed $(VENV)/test.installed always
 	PYTHONPATH=$(CURDIR) .venv-adapters-$*/bin/python benchmarks/adapter_times.py --json $@ $(ARGS)
