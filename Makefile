@@ -41,7 +41,7 @@ test: $(VENV)/test.installed
 test-adapters: $(patsubst tests/%.py,build/%.json,$(wildcard tests/adapters/*/test_*.py))
 	$(BIN)/python tests/adapters/table.py $^
 
-# Seconds a call of each adapter and of what it replaces.
+# Milliseconds a call of each adapter and of what it replaces, in the environment of its tests.
 bench-adapters: $(foreach env,$(ADAPTER_ENVS),build/adapters/times-$(env).json)
 	@$(BIN)/python benchmarks/adapter_times.py --join $^
 
@@ -90,7 +90,8 @@ build/adapters/%.json: tests/adapters/%.py .venv-adapters-$$(dir $$*)installed $
 	PYTHONPATH=$(CURDIR) ADAPTERS_RESULTS=$@ OMP_NUM_THREADS=1 $(dir $(word 2,$^))bin/python -m pytest -q $< $(ARGS)
 
 build/adapters/times-%.json: .venv-adapters-%/installed $(VENV)/test.installed always
-	PYTHONPATH=$(CURDIR) .venv-adapters-$*/bin/python benchmarks/adapter_times.py --json $@ $(ARGS)
+	PYTHONPATH=$(CURDIR) .venv-adapters-$*/bin/python benchmarks/adapter_times.py --json $@ $(ARGS) \
+	    --only "$(patsubst tests/adapters/$*/test_%.py,%,$(wildcard tests/adapters/$*/test_*.py))"
 
 # The package in a folder of its own, built as the environment variables before the call say.
 build_into = $(BIN)/python setup.py -q build_ext --build-lib $(1) --build-temp $(1)/objects && \

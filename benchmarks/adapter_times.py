@@ -1,7 +1,7 @@
 """Milliseconds a call of each adapter and of what it replaces, in one run on the same structures.
 
     python benchmarks/adapter_times.py                  # those whose packages are installed
-    python benchmarks/adapter_times.py --only ase --json times.json
+    python benchmarks/adapter_times.py --only "ase mace" --json times.json
     python benchmarks/adapter_times.py --join build/adapters/times-*.json
 
 A file of `benchmarks/adapters/` is a row or more: `PACKAGES` are the distributions it needs, `calls(atoms)` gives
@@ -68,7 +68,7 @@ def take_turns(ours, theirs, budget: float) -> dict[str, float]:
 def measure(options: argparse.Namespace) -> list[dict]:
     rows = []
     for path in sorted(FOLDER.glob("*.py")):
-        if options.only and path.stem not in options.only.split(","):
+        if options.only and path.stem not in options.only.split():
             continue
         module = load(path)
         try:
@@ -91,7 +91,7 @@ def show(row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--atoms", type=int, default=1000)
-    parser.add_argument("--only", default="", help="files of benchmarks/adapters, by comma")
+    parser.add_argument("--only", default="", help="names of benchmarks/adapters, by spaces")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds a row")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
