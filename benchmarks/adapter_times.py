@@ -4,9 +4,9 @@
     python benchmarks/adapter_times.py --only "ase mace" --json times.json
     python benchmarks/adapter_times.py --join build/adapters/times-*.json
 
-A file of `benchmarks/adapters/` is a row or more: `PACKAGES` are the distributions it needs, `calls(atoms)` gives
-{row: (ours, theirs)}, two calls without arguments that do the same work, for a periodic box as `ase.Atoms`. Calls
-take turns; medians.
+A file of `benchmarks/adapters/` is a row or more: `PACKAGES` are the distributions it needs, `calls(atoms)`
+gives {row: (ours, theirs)}, two calls without arguments that do the same work, for a periodic box as
+`ase.Atoms`. Calls take turns; medians.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""hip_torch_nl itself runs on AMD GPUs only: against the list that codes take in its place elsewhere, vesin's."""
+"""hip_torch_nl itself runs on AMD GPUs only: against what codes take in its place elsewhere, vesin's list."""
 
 PACKAGES = ("vesin-torch",)
 

@@ -50,7 +50,6 @@ class GraphConverter(nn.Module):
 
     def forward(self, structure, graph_id=None, mp_id=None):
         """The `chgnet.graph.CrystalGraph` of a `pymatgen.core.Structure`: int32 tables, the rest float32.
-
         Raises ValueError for isolated atoms, if they are an error."""
         from chgnet.graph import CrystalGraph
 

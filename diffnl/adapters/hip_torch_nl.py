@@ -9,7 +9,7 @@ from torch import Tensor
 import diffnl
 
 HIP_TORCH_NL_AVAILABLE: bool = "hip" in diffnl.build_info()["backends"]
-"""Whether this build has the kernels for AMD GPUs. `hip_torch_nl` works on CUDA and CPU tensors without them."""
+"""Whether this build has the kernels for AMD GPUs. CUDA and CPU tensors need none of them."""
 
 
 @torch.no_grad()

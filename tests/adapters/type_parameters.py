@@ -1,7 +1,7 @@
 """Imports packages that are written with type parameters (PEP 695: `def f[T: Bound](...)`) on Python 3.11.
 
-TorchSim 0.6 asks for Python 3.12, for that syntax alone. Type parameters do nothing at run time: they are taken
-out as a module is read, with `T` defined in it for its annotations. The package is as it was installed.
+TorchSim 0.6 asks for Python 3.12, for that syntax alone. Type parameters do nothing at run time: they are
+taken out as a module is read, with `T` defined in it for its annotations. The package is as it was installed.
 """
 
 import importlib.machinery
