@@ -7,7 +7,8 @@
 The neighbour list is a layer of the model (`mlip/model.py`): forces and stresses are its derivatives, and
 training on them differentiates through it twice. The output folder receives `checkpoint.pt` after every
 epoch (the same command with `--resume` goes on from it, to the same numbers as a run that was never
-stopped), and at the end `potential.pt`, an ASE calculator's input (`mlip/calculator.py`), and `parity.png`.
+stopped, or killed) with `metrics.jsonl`, a line for each validation, and at the end `potential.pt`, an ASE
+calculator's input (`mlip/calculator.py`), `parity.png` and `learning_curve.png`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--energy-weight", type=float, default=1.0, help="of the loss, in units of its labels' spread")
     add("--force-weight", type=float, default=1.0, help="likewise")
     add("--stress-weight", type=float, default=1.0, help="likewise")
+    add(
+        "--patience",
+        type=int,
+        default=0,
+        help="stop after so many lines of the table without a lower validation loss, and keep the potential "
+        "of the lowest; 0: train to the end and keep that",
+    )
     add("--cutoff", type=float, default=5.0, help="Å")
     add("--layers", type=int, default=2, help="rounds of messages")
     add("--channels", type=int, default=16, help="features of each degree on an atom")
@@ -103,7 +111,7 @@ def build(options: argparse.Namespace, train: list[Frame], device: torch.device)
     settings = Settings(
         epochs=options.epochs, seed=options.seed, batch_size=options.batch_size,
         learning_rate=options.learning_rate, energy_weight=options.energy_weight,
-        force_weight=options.force_weight, stress_weight=options.stress_weight,
+        force_weight=options.force_weight, stress_weight=options.stress_weight, patience=options.patience,
     )  # fmt: skip
     torch.manual_seed(options.seed)
     dtype = getattr(torch, options.dtype)
@@ -140,7 +148,7 @@ def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace
         total=trainer.total_steps, initial=trainer.step, unit="step", mininterval=0.5, disable=None
     ) as bar:
         tqdm.write(report.HEADER)
-        while trainer.epoch < last:
+        while trainer.epoch < last and not trainer.out_of_patience:
             rate = trainer.learning_rate()
             means = trainer.train_epoch(bar.update)
             if trainer.epoch % every == 0 or trainer.epoch in (1, options.epochs):
@@ -148,24 +156,31 @@ def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace
                     trainer.averaged, validation, trainer.device, trainer.dtype, options.batch_size
                 )
                 held_out = {key: report.mean_absolute(value) for key, value in values.items()}
-                trainer.history.append({"epoch": trainer.epoch, "train": means, "validation": held_out})
+                trainer.record({"epoch": trainer.epoch, "train": means, "validation": held_out, "rate": rate})
                 tqdm.write(report.epoch_row(trainer.epoch, means, held_out, rate))
             write_atomically(
                 {"options": fixed, "data": data, "trainer": trainer.state()}, options.out / "checkpoint.pt"
             )
-    return trainer.epoch == options.epochs
+            # All lines anew, after the checkpoint they are in: a run that is killed in between loses nothing.
+            write_atomically(report.json_lines(trainer.history), options.out / "metrics.jsonl")
+    if trainer.out_of_patience:
+        best = trainer.best["epoch"]
+        print(f"\nno lower validation loss since epoch {best}, whose potential is kept")
+    return trainer.epoch == options.epochs or trainer.out_of_patience
 
 
 def conclude(trainer: Trainer, train: list[Frame], test: list[Frame], options: argparse.Namespace) -> None:
     """Test table, parity plot, saved potential, and a relaxation with it."""
     arguments = (trainer.device, trainer.dtype, options.batch_size)
-    on_train, on_test = (evaluate(trainer.averaged, frames, *arguments) for frames in (train, test))
+    potential = trainer.result()
+    on_train, on_test = (evaluate(potential, frames, *arguments) for frames in (train, test))
     width = {"energy": 1, "forces": 3, "stress": 6}
     means = {key: on_train[key]["label"].reshape(-1, n).mean(0) for key, n in width.items()}
     print("\n" + report.final_table(on_test, means))
     report.parity_plot(on_train, on_test, options.out / "parity.png")
-    save_potential(trainer.averaged, options.out / "potential.pt")
-    print(f"\nwrote {options.out / 'potential.pt'} and {options.out / 'parity.png'}")
+    report.learning_curve(trainer.history, options.out / "learning_curve.png")
+    save_potential(potential, options.out / "potential.pt")
+    print(f"\nwrote potential.pt, parity.png, learning_curve.png and metrics.jsonl to {options.out}")
 
     periodic = [frame for frame in train if frame.has_stress and bool(frame.pbc.all())]
     if not periodic:

@@ -1,6 +1,10 @@
 """The training example: the model's symmetries and derivatives, the files it refuses, learning, resuming."""
 
+import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -256,7 +260,10 @@ def test_learns_and_writes(files, tmp_path, capsys):
     assert history[-1]["train"]["loss"] < 0.4 * history[0]["train"]["loss"]
     for key in ("energy", "forces", "stress"):
         assert history[-1]["validation"][key] < history[0]["validation"][key]
-    assert (tmp_path / "parity.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == history
+    for plot in ("parity.png", "learning_curve.png"):
+        assert (tmp_path / plot).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     output = capsys.readouterr().out
     for text in ("eV/atom", "eV/Å ", "eV/Å³", "GPa", "predicting the mean", "pressure (GPa)"):
         assert text in output
@@ -316,3 +323,52 @@ def test_resumes_to_the_same_bits(files, tmp_path, capsys):
     assert "other training, validation or test frames" in capsys.readouterr().err
     assert train_mlip.main([*run, str(tmp_path / "none"), "--resume"]) == 2
     assert "there is no" in capsys.readouterr().err
+
+
+def test_a_killed_run_ends_as_one_that_was_not(files, tmp_path):
+    """kill -9 in the middle of an epoch, at whatever it is doing; then `--resume`."""
+    script = Path(train_mlip.__file__)
+    run = [*files, *SMALL, "--epochs", "12", "--every", "1", "--out"]
+    assert train_mlip.main([*run, str(tmp_path / "whole")]) == 0
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, str(script), *run, str(killed)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    end = time.monotonic() + 120
+    while not (killed / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    done = torch.load(killed / "checkpoint.pt", weights_only=True)["trainer"]["epoch"]
+    assert 1 <= done < 12 and not (killed / "potential.pt").exists()
+    assert train_mlip.main([*run, str(killed), "--resume"]) == 0
+    ends = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
+    assert ends[0] == ends[1] and ends[0].count("\n") == 12
+    potentials = [torch.load(tmp_path / n / "potential.pt", weights_only=True) for n in ("whole", "killed")]
+    for name, value in potentials[0]["weights"].items():
+        assert torch.equal(value, potentials[1]["weights"][name]), name
+
+
+def test_stops_when_validation_gets_no_better(files, tmp_path, capsys):
+    """A learning rate that is far too large: the potential of the best epoch is kept, not the last."""
+    run = [*files, *SMALL, "--epochs", "40", "--every", "1", "--patience", "2", "--learning-rate", "0.3"]
+    run += ["--out", str(tmp_path)]
+    assert train_mlip.main(run) == 0
+    trainer = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["trainer"]
+    assert trainer["epoch"] < 40 and trainer["epoch"] == trainer["best"]["epoch"] + 2
+    assert f"no lower validation loss since epoch {trainer['best']['epoch']}," in capsys.readouterr().out
+    saved = torch.load(tmp_path / "potential.pt", weights_only=True)["weights"]
+    for name, value in trainer["best"]["weights"].items():
+        assert torch.equal(saved[name], value)
+    assert any(not torch.equal(saved[name], value) for name, value in trainer["averaged"].items())
+    assert train_mlip.main([*run, "--resume"]) == 0  # nothing is left to do but to conclude
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["trainer"]["epoch"] == trainer["epoch"]
+
+
+def test_json_lines_are_json():
+    """No NaN in them: JSON has none, and files without a periodic frame have no stress."""
+    from mlip.report import json_lines
+
+    text = json_lines([{"epoch": 1, "validation": {"energy": 0.5, "stress": float("nan")}}])
+    assert text == '{"epoch": 1, "validation": {"energy": 0.5, "stress": null}}\n'

@@ -1,7 +1,9 @@
-"""Tables for the terminal and the parity plot."""
+"""Tables for the terminal, lines for programs, the parity plot and the learning curve."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,17 @@ def epoch_row(epoch: int, train: dict[str, float], validation: dict[str, float],
             f"{mae['energy']:>9.4f}{mae['forces']:>8.4f}{mae['stress']:>11.6f}{mae['stress'] / GPa:>8.3f}   "
         )
     return row + f"{rate:>7.1e}"
+
+
+def json_lines(history: list[dict]) -> str:
+    """A JSON object a validation: epoch, learning rate, mean absolute errors; null where there is none."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return "".join(json.dumps(plain(row)) + "\n" for row in history)
 
 
 def final_table(test: dict[str, dict[str, np.ndarray]], train_means: dict[str, np.ndarray]) -> str:
@@ -81,5 +94,25 @@ def parity_plot(train: dict, test: dict, path: Path) -> None:
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color="black", linewidth=0.8, zorder=0)
         axes.set(title=f"{name} ({unit})", xlabel="label", ylabel="prediction")
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=140)
+
+
+def learning_curve(history: list[dict], path: Path) -> None:
+    """Mean absolute errors over epochs, of the steps of training and of validation, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = [row["epoch"] for row in history]
+    for axes, (name, key, unit, factor) in zip(
+        figure.subplots(1, 3), (ROWS[0], ROWS[1], ROWS[3]), strict=True
+    ):
+        for which, color in (("train", "tab:blue"), ("validation", "tab:orange")):
+            errors = np.array([row[which].get(key, math.nan) for row in history]) / factor
+            axes.plot(epochs, errors, color=color, marker=".", label=which)
+        axes.set(title=f"MAE of {name} ({unit})", xlabel="epoch", yscale="log")
+        axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=140)

@@ -30,6 +30,7 @@ class Settings:
     energy_weight: float
     force_weight: float
     stress_weight: float
+    patience: int = 0
     averaging: float = 0.99
     max_gradient: float = 10.0
 
@@ -113,14 +114,21 @@ def errors(prediction, batch: Batch) -> dict[str, torch.Tensor]:
     }
 
 
-def write_atomically(values: dict, path: Path) -> None:
-    """torch.save that leaves either the old file or the new one, never half of one."""
+def write_atomically(values: dict | str, path: Path) -> None:
+    """Text, or torch.save, that leaves either the old file or the new one, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        torch.save(values, file)
+        if isinstance(values, str):
+            file.write(values.encode())
+        else:
+            torch.save(values, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def copy_of_weights(model: Potential) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in weights(model).items()}
 
 
 class Trainer:
@@ -138,6 +146,9 @@ class Trainer:
         self.random = torch.Generator().manual_seed(settings.seed)
         self.epoch = self.step = 0
         self.history: list[dict] = []
+        # The averaged weights of the lowest validation loss, and how many validations have passed since.
+        self.best: dict = {"loss": math.inf, "epoch": 0, "weights": copy_of_weights(self.averaged)}
+        self.since_best = 0
         self.steps_per_epoch = math.ceil(len(frames) / settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
 
@@ -198,8 +209,36 @@ class Trainer:
         self.epoch += 1
         return {key: torch.cat(values).abs().mean().item() for key, values in collected.items()}
 
+    def record(self, row: dict[str, float | dict]) -> None:
+        """Takes down what a validation has found: mean absolute errors in `row["validation"]`."""
+        self.history.append(row)
+        spread, wanted = self.scales, self.settings
+        terms = {
+            "energy": wanted.energy_weight / spread.energy,
+            "forces": wanted.force_weight / spread.forces,
+            "stress": wanted.stress_weight / spread.stress,
+        }
+        found = {key: value for key, value in row["validation"].items() if math.isfinite(value)}
+        loss = sum(terms[key] * value for key, value in found.items())
+        self.since_best += 1
+        if loss < self.best["loss"]:
+            self.best = {"loss": loss, "epoch": row["epoch"], "weights": copy_of_weights(self.averaged)}
+            self.since_best = 0
+
+    @property
+    def out_of_patience(self) -> bool:
+        return 0 < self.settings.patience <= self.since_best
+
+    def result(self) -> Potential:
+        """The model to keep: the averaged one; with a patience, as it was at the lowest validation loss."""
+        if self.settings.patience > 0:
+            load_weights(self.averaged, self.best["weights"])
+        return self.averaged
+
     def state(self) -> dict:
         return {
+            "best": self.best,
+            "since_best": self.since_best,
             "model": weights(self.model),
             "averaged": weights(self.averaged),
             "optimizer": self.optimizer.state_dict(),
@@ -215,6 +254,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.set_state(state["random"])
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        self.best, self.since_best = state["best"], state["since_best"]
 
 
 def evaluate(
