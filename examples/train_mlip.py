@@ -3,6 +3,7 @@
 
     python examples/train_mlip.py                    # makes a small copper set itself; two or three minutes
     python examples/train_mlip.py --train train.extxyz --test test.extxyz --epochs 150
+    torchrun --nproc-per-node 2 examples/train_mlip.py --device cuda ...    # the same batches, shared out
 
 The neighbour list is a layer of the model (`mlip/model.py`): forces and stresses are its derivatives, and
 training on them differentiates through it twice. The output folder receives `checkpoint.pt` after every
@@ -14,6 +15,7 @@ calculator's input (`mlip/calculator.py`), `parity.png` and `learning_curve.png`
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -29,6 +31,7 @@ from mlip import report
 from mlip.calculator import PotentialCalculator, build_potential, relax_strained, save_potential
 from mlip.data import Frame, atoms_from_frame, fingerprint, make_copper, read_frames, split
 from mlip.model import ModelConfig
+from mlip.parallel import Group, start
 from mlip.profiling import layer_share, share_table
 from mlip.training import Settings, Trainer, check_species, evaluate, fit_config, write_atomically
 from tqdm import tqdm
@@ -51,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     add("--dtype", choices=("float32", "float64"), default="float32")
-    add("--batch-size", type=int, default=4, help="structures in a step")
+    add("--batch-size", type=int, default=4, help="structures in a step, of all processes together")
     add("--learning-rate", type=float, default=0.01)
     add("--valid-fraction", type=float, default=0.05, help="part of the training frames held out")
     add("--energy-weight", type=float, default=1.0, help="of the loss, in units of its labels' spread")
@@ -87,7 +90,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def load_data(options: argparse.Namespace) -> tuple[list[Frame], list[Frame], list[Frame]]:
+def load_data(options: argparse.Namespace, group: Group) -> tuple[list[Frame], list[Frame], list[Frame]]:
     """Training, validation and test frames."""
     if options.train:
         frames = read_frames(options.train)
@@ -97,12 +100,12 @@ def load_data(options: argparse.Namespace) -> tuple[list[Frame], list[Frame], li
             frames, test = split(frames, 0.1, options.seed + 1)
     else:
         frames, test = make_copper(160, seed=options.seed), make_copper(40, seed=options.seed + 1_000_000)
-        for name, made in (("copper_train.extxyz", frames), ("copper_test.extxyz", test)):
+        for name, made in (("copper_train.extxyz", frames), ("copper_test.extxyz", test)) * group.leads:
             ase.io.write(options.out / name, [atoms_from_frame(frame) for frame in made])
     return *split(frames, options.valid_fraction, options.seed), test
 
 
-def build(options: argparse.Namespace, train: list[Frame], device: torch.device) -> Trainer:
+def build(options: argparse.Namespace, train: list[Frame], group: Group) -> Trainer:
     config = ModelConfig(
         species=(), cutoff=options.cutoff, layers=options.layers, channels=options.channels,
         hidden_lmax=options.hidden_lmax, edge_lmax=options.edge_lmax,
@@ -115,7 +118,8 @@ def build(options: argparse.Namespace, train: list[Frame], device: torch.device)
     )  # fmt: skip
     torch.manual_seed(options.seed)
     dtype = getattr(torch, options.dtype)
-    return Trainer(build_potential(config, device, dtype), scales, settings, train, device, dtype)
+    potential = build_potential(config, group.device, dtype)
+    return Trainer(potential, scales, settings, train, group.device, dtype, group)
 
 
 # Options that may differ between a run and its continuation.
@@ -138,6 +142,12 @@ def resume(trainer: Trainer, options: argparse.Namespace, data: str, path: Path)
     trainer.load_state(saved["trainer"])
 
 
+def tell(group: Group, text: str) -> None:
+    """Prints, around the progress bar, in one process."""
+    if group.leads:
+        tqdm.write(text)
+
+
 def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace, data: str) -> bool:
     """Run the epochs that are left; False if `--stop-after` ended it early."""
     every = options.every or max(1, options.epochs // 20)
@@ -145,9 +155,13 @@ def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace
     last = min(options.epochs, options.stop_after or options.epochs)
     # A plain file gets the table without the bar's redrawing.
     with tqdm(
-        total=trainer.total_steps, initial=trainer.step, unit="step", mininterval=0.5, disable=None
+        total=trainer.total_steps,
+        initial=trainer.step,
+        unit="step",
+        mininterval=0.5,
+        disable=None if trainer.group.leads else True,
     ) as bar:
-        tqdm.write(report.HEADER)
+        tell(trainer.group, report.HEADER)
         while trainer.epoch < last and not trainer.out_of_patience:
             rate = trainer.learning_rate()
             means = trainer.train_epoch(bar.update)
@@ -157,7 +171,9 @@ def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace
                 )
                 held_out = {key: report.mean_absolute(value) for key, value in values.items()}
                 trainer.record({"epoch": trainer.epoch, "train": means, "validation": held_out, "rate": rate})
-                tqdm.write(report.epoch_row(trainer.epoch, means, held_out, rate))
+                tell(trainer.group, report.epoch_row(trainer.epoch, means, held_out, rate))
+            if not trainer.group.leads:
+                continue
             write_atomically(
                 {"options": fixed, "data": data, "trainer": trainer.state()}, options.out / "checkpoint.pt"
             )
@@ -165,7 +181,7 @@ def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace
             write_atomically(report.json_lines(trainer.history), options.out / "metrics.jsonl")
     if trainer.out_of_patience:
         best = trainer.best["epoch"]
-        print(f"\nno lower validation loss since epoch {best}, whose potential is kept")
+        tell(trainer.group, f"\nno lower validation loss since epoch {best}, whose potential is kept")
     return trainer.epoch == options.epochs or trainer.out_of_patience
 
 
@@ -199,17 +215,32 @@ def conclude(trainer: Trainer, train: list[Frame], test: list[Frame], options: a
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        device = torch.device(options.device)
-        if device.type == "cuda":
+        if torch.device(options.device).type == "cuda":
             if not torch.cuda.is_available():
                 raise ValueError(f"--device {options.device}: this torch finds no GPU")
             # Sums into atoms are scatter-adds: without this their order, and the last bits, would vary.
             torch.use_deterministic_algorithms(True)
-        train_frames, valid_frames, test_frames = load_data(options)
-        trainer = build(options, train_frames, device)
+        group = start(options.device)
+        if options.profile_layer > 0 and group.size > 1:
+            raise ValueError("--profile-layer is for one process")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        return run(options, group)
+    finally:
+        gc.collect()  # DistributedDataParallel holds the group
+        group.stop()
+
+
+def run(options: argparse.Namespace, group: Group) -> int:
+    """All of it, by one process of a group."""
+    started = time.perf_counter()
+    try:
+        train_frames, valid_frames, test_frames = load_data(options, group)
+        trainer = build(options, train_frames, group)
         check_species(valid_frames, trainer.model.config, "validation split")
         check_species(test_frames, trainer.model.config, options.test or "test split")
         data = fingerprint(train_frames, valid_frames, test_frames)
@@ -221,16 +252,24 @@ def main(arguments: list[str] | None = None) -> int:
     counts = [
         sum(len(frame.numbers) for frame in frames) for frames in (train_frames, valid_frames, test_frames)
     ]
-    print(
+    tell(
+        group,
         f"{len(train_frames)} training, {len(valid_frames)} validation, {len(test_frames)} test structures "
         f"({', '.join(map(str, counts))} atoms), "
         f"{trainer.model.config.num_neighbors:.1f} neighbours per atom, "
-        f"{sum(p.numel() for p in trainer.model.parameters())} parameters, {torch.get_num_threads()} threads"
+        f"{sum(p.numel() for p in trainer.model.parameters())} parameters, "
+        f"{group.size} processes of {torch.get_num_threads()} threads",
     )
     without = sum(not frame.has_stress for frame in train_frames)
     if without:
-        print(f"{without} training structures are in open boundaries: they count for energy and forces only")
-    if not train(trainer, valid_frames, options, data):
+        text = "training structures are in open boundaries: they count for energy and forces only"
+        tell(group, f"{without} {text}")
+    begun = time.perf_counter()
+    finished = train(trainer, valid_frames, options, data)
+    if not group.leads:
+        return 0
+    print(f"\n{time.perf_counter() - begun:.1f} s of training and validation")
+    if not finished:
         print(f"stopped after {trainer.epoch} of {options.epochs} epochs; --resume goes on")
         return 0
     conclude(trainer, train_frames, test_frames, options)

@@ -1,6 +1,7 @@
 """The training example: the model's symmetries and derivatives, the files it refuses, learning, resuming."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -348,6 +349,34 @@ def test_a_killed_run_ends_as_one_that_was_not(files, tmp_path):
     potentials = [torch.load(tmp_path / n / "potential.pt", weights_only=True) for n in ("whole", "killed")]
     for name, value in potentials[0]["weights"].items():
         assert torch.equal(value, potentials[1]["weights"][name]), name
+
+
+@pytest.mark.parametrize("batch", [4, 3])
+def test_two_processes_go_the_way_of_one(files, tmp_path, batch):
+    """The same batches, shared out; equal but for rounding, which training amplifies: hence float64.
+
+    Of 10 training frames batches of 3 leave one: a process has none then.
+    """
+    script = str(Path(train_mlip.__file__))
+    run = [*files, *SMALL, "--epochs", "3", "--every", "1", "--batch-size", str(batch)]
+    run += ["--dtype", "float64", "--out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    together = subprocess.run(
+        [*launch, script, *run, str(tmp_path / "two")], env=environment, capture_output=True, text=True
+    )
+    assert together.returncode == 0, together.stderr
+    assert "2 processes of 1 threads" in together.stdout
+    assert train_mlip.main([*run, str(tmp_path / "one")]) == 0
+    curves = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(curves[0]) == 3
+    for alone, both in zip(*curves, strict=True):
+        for which in ("train", "validation"):
+            assert both[which] == pytest.approx(alone[which], rel=1e-8)
+    assert curves[0][2]["train"]["loss"] < 0.9 * curves[0][0]["train"]["loss"]
 
 
 def test_stops_when_validation_gets_no_better(files, tmp_path, capsys):

@@ -17,6 +17,7 @@ import diffnl
 
 from .data import Batch, Frame, LabelError, collate
 from .model import ModelConfig, Potential, load_weights, weights
+from .parallel import ALONE, Group
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,24 @@ def copy_of_weights(model: Potential) -> dict[str, torch.Tensor]:
 
 
 class Trainer:
-    """A model in training. `state` is all there is: two trainers with equal states go on to the same bits."""
+    """A model in training. `state` is all there is: two trainers with equal states go on to the same bits.
+
+    The trainers of a group of processes go the same way, with the same state: each has its part of the steps.
+    """
 
     def __init__(
-        self, model: Potential, scales: Scales, settings: Settings, frames: list[Frame], device, dtype
+        self,
+        model: Potential,
+        scales: Scales,
+        settings: Settings,
+        frames: list[Frame],
+        device,
+        dtype,
+        group: Group = ALONE,
     ):
         self.model, self.scales, self.settings, self.frames = model, scales, settings, frames
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.group = device, dtype, group
+        self.shared_model = group.wrap(model)
         # Validation, the saved potential and the reports use a running mean of the weights, which is
         # quieter than the weights.
         self.averaged = copy.deepcopy(model).requires_grad_(False)
@@ -160,7 +172,7 @@ class Trainer:
         done = (self.step - warmup) / max(1, self.total_steps - warmup)
         return self.settings.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
 
-    def loss(self, error: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, error: dict[str, torch.Tensor], factors: dict[str, float]) -> torch.Tensor:
         """Huber losses of errors over the labels' spread: a few wild structures must not rule the rest."""
         terms = (
             ("energy", self.settings.energy_weight, self.scales.energy),
@@ -171,15 +183,19 @@ class Trainer:
         for key, weight, scale in terms:
             if error[key].numel():  # a batch of open-boundary frames has no stress
                 scaled = error[key] / scale
-                total = total + weight * huber_loss(scaled, torch.zeros_like(scaled), delta=0.1) / 0.1
+                mean = huber_loss(scaled, torch.zeros_like(scaled), delta=0.1) / 0.1
+                total = total + weight * factors[key] * mean
         return total
 
     def train_step(self, frames: list[Frame]) -> dict[str, torch.Tensor]:
-        batch = collate(frames, self.device, self.dtype)
+        """A step on a batch, of which this process takes its share: loss and errors of that share."""
+        own, counts = self.group.share(frames)
+        batch = collate(own, self.device, self.dtype)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        error = errors(predict(self.model, batch, create_graph=True), batch)
-        loss = self.loss(error)
+        error = errors(predict(self.shared_model, batch, create_graph=True), batch)
+        factors = self.group.factors({key: value.numel() * counts for key, value in error.items()})
+        loss = self.loss(error, factors)
         if not torch.isfinite(loss):
             raise RuntimeError(
                 f"the loss is {loss.item()} at step {self.step}: try a smaller --learning-rate"
@@ -193,7 +209,8 @@ class Trainer:
         with torch.no_grad():
             for mean, parameter in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(parameter, 1 - decay)
-        return {"loss": loss.detach(), **{key: value.detach() for key, value in error.items()}}
+        found = {"loss": loss.detach()}
+        return found | {key: value.detach() if counts else value[:0].detach() for key, value in error.items()}
 
     def train_epoch(self, on_step: Callable[[], None]) -> dict[str, float]:
         """One pass in random order; returns the mean loss and the mean absolute errors on the way."""
@@ -207,7 +224,13 @@ class Trainer:
                 collected.setdefault(key, []).append(value.reshape(-1))
             on_step()
         self.epoch += 1
-        return {key: torch.cat(values).abs().mean().item() for key, values in collected.items()}
+        if self.group.size == 1:
+            return {key: torch.cat(values).abs().mean().item() for key, values in collected.items()}
+        joined = {key: torch.cat(values).abs().double() for key, values in collected.items()}
+        sums = self.group.sum([value.sum().item() for value in joined.values()])
+        counts = self.group.sum([float(value.numel()) for value in joined.values()])
+        # 0 / 0 where no frame has a stress is NaN, as for one process.
+        return {key: total / n if n else math.nan for key, total, n in zip(joined, sums, counts, strict=True)}
 
     def record(self, row: dict[str, float | dict]) -> None:
         """Takes down what a validation has found: mean absolute errors in `row["validation"]`."""
