@@ -8,13 +8,13 @@ from ase import Atoms
 from ase.build import add_adsorbate, bulk, fcc111, graphene, molecule
 
 
-def _rattled(atoms: Atoms, size: float = 0.05, seed: int = 0) -> Atoms:
+def rattled(atoms: Atoms, size: float = 0.05, seed: int = 0) -> Atoms:
     atoms = atoms.copy()
     atoms.positions += size * np.random.default_rng(seed).standard_normal(atoms.positions.shape)
     return atoms
 
 
-def _strained(atoms: Atoms, strain: list) -> Atoms:
+def strained(atoms: Atoms, strain: list) -> Atoms:
     atoms = atoms.copy()
     atoms.set_cell(atoms.cell.array @ (np.eye(3) + np.array(strain)), scale_atoms=True)
     return atoms
@@ -41,23 +41,23 @@ def _wire() -> Atoms:
 SHEAR = [[0.02, 0.05, 0.0], [0.0, -0.03, 0.04], [0.06, 0.0, 0.01]]
 
 CRYSTALS = {
-    "silicon": _rattled(bulk("Si")),
-    "silicon_sheared": _strained(_rattled(bulk("Si", cubic=True)), SHEAR),
-    "salt": _rattled(bulk("NaCl", "rocksalt", a=5.64, cubic=True)),
-    "magnesium": _rattled(bulk("Mg")),
+    "silicon": rattled(bulk("Si")),
+    "silicon_sheared": strained(rattled(bulk("Si", cubic=True)), SHEAR),
+    "salt": rattled(bulk("NaCl", "rocksalt", a=5.64, cubic=True)),
+    "magnesium": rattled(bulk("Mg")),
     "copper_one_atom": bulk("Cu"),
-    "iron_left_handed": _rattled(
+    "iron_left_handed": rattled(
         Atoms("Fe2", [[0, 0, 0], [1.4, 1.4, 1.4]], cell=2.87 * np.eye(3)[[1, 0, 2]], pbc=True)
     ),
-    "oxide_anywhere": _scattered_over_cells(_rattled(bulk("MgO", "rocksalt", a=4.21, cubic=True))),
-    "gallium_nitride": _rattled(bulk("GaN", "wurtzite", a=3.19, c=5.19)),
+    "oxide_anywhere": _scattered_over_cells(rattled(bulk("MgO", "rocksalt", a=4.21, cubic=True))),
+    "gallium_nitride": rattled(bulk("GaN", "wurtzite", a=3.19, c=5.19)),
 }
 
-SLABS = {"slab_with_oxygen": _rattled(_slab()), "graphene": _rattled(graphene(vacuum=5.0))}
+SLABS = {"slab_with_oxygen": rattled(_slab()), "graphene": rattled(graphene(vacuum=5.0))}
 
 OPEN = {
     "wire": _wire(),
-    "ethanol": _rattled(molecule("CH3CH2OH")),
+    "ethanol": rattled(molecule("CH3CH2OH")),
     "one_atom": Atoms("He", [[0.1, 0.2, 0.3]]),
 }
 

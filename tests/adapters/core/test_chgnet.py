@@ -14,7 +14,8 @@ from chgnet.graph import CrystalGraphConverter
 from chgnet.model import CHGNet, CHGNetCalculator, StructOptimizer
 from pymatgen.io.ase import AseAtomsAdaptor
 from recipes import run_recipe
-from structures import CRYSTALS, SHEAR, SLABS, _rattled, _strained, random_box
+from stresses import numerical_stress
+from structures import CRYSTALS, SHEAR, SLABS, random_box, rattled, strained
 
 from diffnl.adapters.chgnet import GraphConverter, use_diffnl
 from diffnl.stress import GPA, to_gpa
@@ -28,10 +29,10 @@ SYSTEMS = (
     CRYSTALS
     | SLABS
     | {
-        "perovskite": _rattled(PEROVSKITE),
+        "perovskite": rattled(PEROVSKITE),
         "perovskite_perfect": PEROVSKITE,
-        "perovskite_sheared": _strained(_rattled(PEROVSKITE), SHEAR),
-        "perovskite_stretched": _strained(_rattled(PEROVSKITE * (2, 1, 1)), 0.03 * np.eye(3)),
+        "perovskite_sheared": strained(rattled(PEROVSKITE), SHEAR),
+        "perovskite_stretched": strained(rattled(PEROVSKITE * (2, 1, 1)), 0.03 * np.eye(3)),
     }
 )
 # Two orders of the same sum differ by this much in float32: see `test_other_orders_of_its_own_list`.
@@ -254,19 +255,9 @@ def test_use_diffnl_keeps_the_options():
     assert set(ours.as_dict()) == set(CrystalGraphConverter().as_dict())
 
 
-def numerical_stress(model: CHGNet, atoms: Atoms, step: float = 5e-3) -> np.ndarray:
-    """(3, 3), eV/Å³: (1/V) dE/d(eps), r -> r (1 + eps), from energies alone."""
-    stress = np.zeros((3, 3))
-    for a, b in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)):
-        energies = []
-        for sign in (1, -1):
-            strain = np.zeros((3, 3))
-            strain[a, b] += sign * step / 2
-            strain[b, a] += sign * step / 2
-            moved = structure_of(_strained(atoms, strain))
-            energies.append(len(atoms) * float(model.predict_structure(moved, task="e")["e"]))
-        stress[a, b] = stress[b, a] = (energies[0] - energies[1]) / (2 * step * atoms.get_volume())
-    return stress
+def energy_by(model: CHGNet):
+    """The energy of atoms, eV."""
+    return lambda atoms: len(atoms) * float(model.predict_structure(structure_of(atoms), task="e")["e"])
 
 
 @pytest.mark.parametrize("name", ["perovskite_sheared", "silicon_sheared", "oxide_anywhere"])
@@ -283,7 +274,7 @@ def test_calculator_and_signs_of_the_stress(model, name):
     np.testing.assert_allclose(ours.results["stress"], own.results["stress"], atol=1e-3 * units.GPa, rtol=0)
 
     stress = ours.results["stress"]
-    expected = numerical_stress(ours.model, atoms)
+    expected = numerical_stress(energy_by(ours.model), atoms)
     assert np.abs(expected).max() > 5e-3  # so that a sign is one
     np.testing.assert_allclose(stress, expected, atol=0.01 * np.abs(expected).max())
     raw = ours.model.predict_structure(structure_of(atoms))["s"]
@@ -292,11 +283,11 @@ def test_calculator_and_signs_of_the_stress(model, name):
 
 def test_stress_of_a_left_handed_cell(model):
     """CHGNet divides by the signed volume: with its own list as with ours the sign is the opposite."""
-    atoms = _strained(SYSTEMS["iron_left_handed"], 0.03 * np.eye(3))
+    atoms = strained(SYSTEMS["iron_left_handed"], 0.03 * np.eye(3))
     assert np.linalg.det(atoms.cell.array) < 0
     for each in (copy.deepcopy(model), use_diffnl(copy.deepcopy(model))):
         calculator = CHGNetCalculator(each, use_device="cpu")
-        expected = numerical_stress(each, atoms)
+        expected = numerical_stress(energy_by(each), atoms)
         calculator.calculate(atoms)
         np.testing.assert_allclose(
             calculator.results["stress"], -expected, atol=0.02 * np.abs(expected).max()

@@ -15,7 +15,8 @@ from recipes import run_recipe
 from sevenn.atom_graph_data import AtomGraphData
 from sevenn.calculator import SevenNetCalculator
 from sevenn.train import dataload
-from structures import CRYSTALS, OPEN, SHEAR, SLABS, STRUCTURES, _rattled, _strained, canonical, random_box
+from stresses import numerical_stress
+from structures import CRYSTALS, OPEN, SHEAR, SLABS, STRUCTURES, canonical, random_box, rattled, strained
 
 import diffnl
 from diffnl.adapters.sevennet import graph, graph_build, use_diffnl
@@ -27,10 +28,10 @@ PACKAGES = ("sevenn", "matscipy")
 SITES = [(0, 0, 0), (0.5, 0.5, 0.5), (0.5, 0.5, 0)]
 PEROVSKITE = crystal(["Sr", "Ti", "O"], SITES, spacegroup=221, cellpar=[3.905] * 3 + [90] * 3)
 PEROVSKITES = {
-    "perovskite": _rattled(PEROVSKITE),
+    "perovskite": rattled(PEROVSKITE),
     "perovskite_perfect": PEROVSKITE,
-    "perovskite_sheared": _strained(_rattled(PEROVSKITE), SHEAR),
-    "perovskite_stretched": _strained(_rattled(PEROVSKITE * (2, 1, 1)), 0.03 * np.eye(3)),
+    "perovskite_sheared": strained(rattled(PEROVSKITE), SHEAR),
+    "perovskite_stretched": strained(rattled(PEROVSKITE * (2, 1, 1)), 0.03 * np.eye(3)),
 }
 BOUNDS = {"energy (meV/atom)": 4e-3, "forces (eV/Å)": 1e-5, "stress (GPa)": 1e-4}  # float32 sums
 largest = dict.fromkeys(BOUNDS, 0.0)
@@ -195,20 +196,6 @@ def test_shell_on_the_cutoff(calculator, edge, origin):
         assert all(apart[quantity] <= bound for quantity, bound in BOUNDS.items()), apart
 
 
-def numerical_stress(calculator, atoms: Atoms, step: float = 5e-3) -> np.ndarray:
-    """(3, 3), eV/Å³: (1/V) dE/d(eps), r -> r (1 + eps), from energies alone."""
-    stress = np.zeros((3, 3))
-    for a, b in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)):
-        energies = []
-        for sign in (1, -1):
-            strain = np.zeros((3, 3))
-            strain[a, b] += sign * step / 2
-            strain[b, a] += sign * step / 2
-            energies.append(calculator.get_potential_energy(_strained(atoms, strain)))
-        stress[a, b] = stress[b, a] = (energies[0] - energies[1]) / (2 * step * atoms.get_volume())
-    return stress
-
-
 @pytest.mark.parametrize(
     "name", ["perovskite_sheared", "silicon_sheared", "oxide_anywhere", "iron_left_handed"]
 )
@@ -216,9 +203,9 @@ def test_signs_of_the_stress(calculator, name):
     """The calculator's is ASE's; the model's is VASP's: negative, xx yy zz xy yz zx, but in eV/Å³."""
     atoms = (STRUCTURES | PEROVSKITES)[name]
     if name == "iron_left_handed":
-        atoms = _strained(atoms, 0.03 * np.eye(3))
+        atoms = strained(atoms, 0.03 * np.eye(3))
     use_diffnl()
-    expected = torch.tensor(numerical_stress(calculator, atoms))
+    expected = torch.tensor(numerical_stress(calculator.get_potential_energy, atoms))
     scale = float(expected.abs().max())
     assert scale > 5e-3  # so that a sign is one
     calculator.calculate(atoms)

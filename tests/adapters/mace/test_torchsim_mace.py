@@ -2,12 +2,10 @@
 
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 import torch_sim as ts
-from mace.modules import RealAgnosticInteractionBlock, ScaleShiftMACE
-from mace.modules.blocks import o3  # through MACE, which lets e3nn load its constants
+from small_mace import small_mace
 from structures import CRYSTALS
 from torch_sim.integrators import nve
 from torch_sim.models.mace import MaceModel
@@ -23,32 +21,7 @@ STRUCTURES = [CRYSTALS[name] for name in ("silicon_sheared", "salt", "magnesium"
 
 @pytest.fixture(scope="module")
 def potential():
-    """A small MACE of float64 whose energies depend on what is within 5 Å."""
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    numbers = sorted({int(number) for atoms in STRUCTURES for number in atoms.numbers})
-    mace = ScaleShiftMACE(
-        r_max=5.0,
-        num_bessel=6,
-        num_polynomial_cutoff=5,
-        max_ell=2,
-        interaction_cls=RealAgnosticInteractionBlock,
-        interaction_cls_first=RealAgnosticInteractionBlock,
-        num_interactions=2,
-        num_elements=len(numbers),
-        hidden_irreps=o3.Irreps("8x0e + 8x1o"),
-        MLP_irreps=o3.Irreps("8x0e"),
-        gate=torch.nn.functional.silu,
-        atomic_energies=np.linspace(-3.0, -1.0, len(numbers)),
-        avg_num_neighbors=20.0,
-        atomic_numbers=numbers,
-        correlation=2,
-        atomic_inter_scale=10.0,
-        atomic_inter_shift=0.0,
-    )
-    torch.set_default_dtype(default)
-    return mace
+    return small_mace({int(number) for atoms in STRUCTURES for number in atoms.numbers}, r_max=5.0)
 
 
 def models(potential, dtype=torch.float64):

@@ -9,8 +9,7 @@ import torch_sim as ts
 from ase.build import bulk
 from ase.data import covalent_radii
 from mace.calculators import MACECalculator
-from mace.modules import RealAgnosticInteractionBlock, ScaleShiftMACE
-from mace.modules.blocks import o3  # through MACE, which lets e3nn load its constants
+from small_mace import small_mace
 from structures import CRYSTALS, SLABS
 from structures import STRUCTURES as ALL_STRUCTURES
 from torch_sim.autobatching import InFlightAutoBatcher
@@ -38,31 +37,7 @@ RUNNERS = pytest.mark.parametrize("kind", ["lennard_jones", "mace"])
 
 @pytest.fixture(scope="module")
 def potential():
-    """A small MACE of float64, weights at random, for all elements here."""
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    mace = ScaleShiftMACE(
-        r_max=4.5,
-        num_bessel=6,
-        num_polynomial_cutoff=5,
-        max_ell=2,
-        interaction_cls=RealAgnosticInteractionBlock,
-        interaction_cls_first=RealAgnosticInteractionBlock,
-        num_interactions=2,
-        num_elements=len(NUMBERS),
-        hidden_irreps=o3.Irreps("8x0e + 8x1o"),
-        MLP_irreps=o3.Irreps("8x0e"),
-        gate=torch.nn.functional.silu,
-        atomic_energies=np.linspace(-3.0, -1.0, len(NUMBERS)),
-        avg_num_neighbors=20.0,
-        atomic_numbers=sorted(NUMBERS),
-        correlation=2,
-        atomic_inter_scale=10.0,
-        atomic_inter_shift=0.0,
-    )
-    torch.set_default_dtype(default)
-    return mace
+    return small_mace(NUMBERS, r_max=4.5)
 
 
 def on_both_lists(make, **options):
