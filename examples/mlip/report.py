@@ -75,16 +75,20 @@ def relaxation_table(states: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def parity_plot(train: dict, test: dict, path: Path) -> None:
-    """Prediction over label for energies, forces and stresses (GPa), training and test frames, as a PNG."""
+def three_panels(height: float):
+    """A figure, and its axes with the rows of energy, forces and stress in GPa."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, height), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: nothing is registered globally and no display is asked for
-    for axes, (name, key, unit, factor) in zip(
-        figure.subplots(1, 3), (ROWS[0], ROWS[1], ROWS[3]), strict=True
-    ):
+    return figure, zip(figure.subplots(1, 3), (ROWS[0], ROWS[1], ROWS[3]), strict=True)
+
+
+def parity_plot(train: dict, test: dict, path: Path) -> None:
+    """Prediction over label for energies, forces and stresses (GPa), training and test frames, as a PNG."""
+    figure, panels = three_panels(4.4)
+    for axes, (name, key, unit, factor) in panels:
         for values, label, color, size in ((train, "train", "tab:blue", 5), (test, "test", "tab:orange", 9)):
             x, y = values[key]["label"] / factor, values[key]["prediction"] / factor
             caption = (
@@ -100,15 +104,9 @@ def parity_plot(train: dict, test: dict, path: Path) -> None:
 
 def learning_curve(history: list[dict], path: Path) -> None:
     """Mean absolute errors over epochs, of the steps of training and of validation, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, panels = three_panels(3.8)
     epochs = [row["epoch"] for row in history]
-    for axes, (name, key, unit, factor) in zip(
-        figure.subplots(1, 3), (ROWS[0], ROWS[1], ROWS[3]), strict=True
-    ):
+    for axes, (name, key, unit, factor) in panels:
         for which, color in (("train", "tab:blue"), ("validation", "tab:orange")):
             errors = np.array([row[which].get(key, math.nan) for row in history]) / factor
             axes.plot(epochs, errors, color=color, marker=".", label=which)

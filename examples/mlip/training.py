@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import huber_loss
 
 import diffnl
+from diffnl.stress import to_voigt
 
 from .data import Batch, Frame, LabelError, collate
 from .model import ModelConfig, Potential, load_weights, weights
@@ -172,15 +173,19 @@ class Trainer:
         done = (self.step - warmup) / max(1, self.total_steps - warmup)
         return self.settings.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
 
+    @property
+    def terms(self) -> dict[str, tuple[float, float]]:
+        """Weight and spread of each kind of label."""
+        return {
+            "energy": (self.settings.energy_weight, self.scales.energy),
+            "forces": (self.settings.force_weight, self.scales.forces),
+            "stress": (self.settings.stress_weight, self.scales.stress),
+        }
+
     def loss(self, error: dict[str, torch.Tensor], factors: dict[str, float]) -> torch.Tensor:
         """Huber losses of errors over the labels' spread: a few wild structures must not rule the rest."""
-        terms = (
-            ("energy", self.settings.energy_weight, self.scales.energy),
-            ("forces", self.settings.force_weight, self.scales.forces),
-            ("stress", self.settings.stress_weight, self.scales.stress),
-        )
         total = 0.0
-        for key, weight, scale in terms:
+        for key, (weight, scale) in self.terms.items():
             if error[key].numel():  # a batch of open-boundary frames has no stress
                 scaled = error[key] / scale
                 mean = huber_loss(scaled, torch.zeros_like(scaled), delta=0.1) / 0.1
@@ -235,14 +240,12 @@ class Trainer:
     def record(self, row: dict[str, float | dict]) -> None:
         """Takes down what a validation has found: mean absolute errors in `row["validation"]`."""
         self.history.append(row)
-        spread, wanted = self.scales, self.settings
-        terms = {
-            "energy": wanted.energy_weight / spread.energy,
-            "forces": wanted.force_weight / spread.forces,
-            "stress": wanted.stress_weight / spread.stress,
-        }
-        found = {key: value for key, value in row["validation"].items() if math.isfinite(value)}
-        loss = sum(terms[key] * value for key, value in found.items())
+        found = row["validation"]
+        loss = sum(
+            weight / scale * found[key]
+            for key, (weight, scale) in self.terms.items()
+            if math.isfinite(found[key])
+        )
         self.since_best += 1
         if loss < self.best["loss"]:
             self.best = {"loss": loss, "epoch": row["epoch"], "weights": copy_of_weights(self.averaged)}
@@ -289,7 +292,6 @@ def evaluate(
     xx, yy, zz, yz, xz, xy (eV/Å³) of every frame that has one.
     """
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"energy": [], "forces": [], "stress": []}
-    voigt = (..., [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
     for group in chunks(frames, batch_size):
         batch = collate(group, device, dtype)
         energy, forces, stress = (
@@ -297,7 +299,7 @@ def evaluate(
         )
         parts["energy"].append((batch.energy / batch.counts, energy / batch.counts))
         parts["forces"].append((batch.forces, forces))
-        parts["stress"].append((batch.stress[batch.has_stress][voigt], stress[batch.has_stress][voigt]))
+        parts["stress"].append(tuple(to_voigt(value[batch.has_stress]) for value in (batch.stress, stress)))
     return {
         key: {
             name: torch.cat([pair[column].reshape(-1) for pair in pairs]).cpu().numpy()
