@@ -236,16 +236,28 @@ def atoms_have_systems(cell: Tensor, system_idx: Tensor | None, positions: Tenso
 
 
 def system_of_atom(system_idx_value: Tensor | None, cell: Tensor, positions: Tensor) -> Tensor | None:
-    """`system_idx` for the B cells of `cell`, its values checked; None where all atoms are in one system."""
+    """`system_idx` for the B cells of `cell`; None where all atoms are in one system. Its values are checked
+    where there are any yet."""
     index = system_idx(system_idx_value, positions)
     atoms_have_systems(cell, index, positions)
     if index is None or index.numel() == 0:
         return None
     outside = (index < 0) | (index >= num_systems(cell))
-    if bool(outside.any()):
+    if has_values(index) and bool(outside.any()):
         atom = int(torch.nonzero(outside)[0])
         raise data_error("system_idx_out_of_range", positions, cell, int(index[atom]), atom)
     return None if num_systems(cell) == 1 else index
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA or HIP graph is being captured, in which nothing can wait for the device."""
+    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether Python may look at values: not where operations are compiled, traced or captured for later."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return not (traced or is_capturing(t.device))
 
 
 def mapping(value: Tensor, like: Tensor) -> Tensor:

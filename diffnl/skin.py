@@ -30,7 +30,7 @@ class _Candidates:
 
     def fit(self, options: tuple, device: torch.device) -> bool:
         """What another stream writes may still be on its way; whoever captures a graph has waited for it."""
-        return self.options == options and (self.stream == _stream(device) or _is_capturing(device))
+        return self.options == options and (self.stream == _stream(device) or _validate.is_capturing(device))
 
 
 class Skin:
@@ -143,7 +143,7 @@ class Skin:
         kept = getattr(self._of_thread, "padded", None)
         if kept is None or not kept.fit(options, device):
             kept = self._of_thread.padded = self._make_room(now, options)
-        if _is_capturing(device) and all(kept is not other for other in self._captured):
+        if _validate.is_capturing(device) and all(kept is not other for other in self._captured):
             self._captured.append(kept)  # a graph writes to it for as long as it is replayed
         arguments = (*kept.inputs, *kept.found)
         return _ops.padded_select_linked(now, arguments, cutoff, cutoff + skin, capacity, full, linked)
@@ -233,10 +233,6 @@ def _shapes(now: tuple) -> tuple:
     """What can be compared without waiting for a GPU: the device compares the rest."""
     positions, cell, pbc, system_idx = now
     return positions.shape, cell.shape, pbc.shape, system_idx is None, positions.dtype, positions.device
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(device: torch.device) -> int:

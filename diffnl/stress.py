@@ -57,7 +57,8 @@ def forces_and_stress(
         energy: () or (B,), computed from `positions` and `cell` with gradients enabled.
         positions: (N, 3), requires a gradient.
         cell: (3, 3) or (B, 3, 3), requires a gradient. None: no stress.
-        system_idx: (N,) integer, the system of each atom; needed for a (B, 3, 3) `cell` with B > 1.
+        system_idx: (N,) integer, the system of each atom; needed for a (B, 3, 3) `cell` with B > 1. Its
+            values are checked, which waits for a GPU; not where a call is compiled, traced or captured.
         create_graph: keep the graph, to train on forces and stresses or to differentiate further.
 
     Returns:

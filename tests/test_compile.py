@@ -132,6 +132,39 @@ def test_a_batch():
     assert_same_values(ours, theirs)
 
 
+def batch_derivatives(potential):
+    """Energy of each of two systems, forces and stresses."""
+
+    def run(positions, cell, system_idx):
+        pairs = potential.neighbors(positions, cell, True, system_idx)
+        of_pair = (1.0 - pairs.distances / CUTOFF).clamp(min=0.0).pow(3)
+        energy = of_pair.new_zeros(2).index_add(0, system_idx[pairs.mapping[0]], of_pair)
+        return energy.detach(), *diffnl.forces_and_stress(energy, positions, cell, system_idx)
+
+    return run
+
+
+def batch():
+    positions, _ = box(atoms=40)
+    cell = torch.stack([tensor(cubic(8.0)), tensor(cubic(8.5))]).requires_grad_()
+    return positions, cell, torch.arange(40) % 2
+
+
+@needs_autograd_ops
+def test_stresses_of_a_batch():
+    run = batch_derivatives(Potential())
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    ours, theirs = compiled(*batch()), run(*batch())
+    assert theirs[2].shape == (2, 3, 3) and theirs[2].abs().amin(dim=(1, 2)).min() > 0
+    assert_same_values(ours, theirs)
+
+
+def test_make_fx_of_a_batch():
+    run = batch_derivatives(Potential())
+    traced = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*batch())
+    assert_same_values(traced(*batch()), run(*batch()))
+
+
 def test_several_cutoffs():
     """Gradients reach positions and cell through each list."""
     neighbors = diffnl.NeighborList((3.0, CUTOFF))

@@ -5,7 +5,7 @@ Run without pytest-xdist: no other process should use the GPU meanwhile.
 
 import pytest
 import torch
-from compare import assert_close_sums, assert_same_bits
+from compare import assert_close_sums, assert_equal_bits, assert_same_bits
 from gpu_waits import waits_of
 from systems import TRICLINIC, cubic, scatter, tensor
 from walks import npt_walk
@@ -59,6 +59,32 @@ def box(request, gpu, dtype):
     cell = cubic(11.0) if request.param == "bulk" else [[x / 2 for x in row] for row in TRICLINIC]
     atoms = 90 if request.param == "bulk" else 4
     return scatter(atoms, cell, 3).to(gpu, dtype), tensor(cell).to(gpu, dtype)
+
+
+def test_stresses_of_a_batch(gpu, dtype):
+    """Forces and stress of several systems, and their derivatives, in one graph: a training step's."""
+    layer = diffnl.NeighborList(CUTOFF, capacity=CAPACITY)
+    cell = torch.stack([tensor(cubic(9.0)), tensor(cubic(11.0))]).to(gpu, dtype)
+    positions = torch.cat([scatter(40, cubic(9.0), 1), scatter(50, cubic(11.0), 2)]).to(gpu, dtype)
+    system_idx = (torch.arange(90, device=gpu) >= 40).long()
+    pbc = torch.ones(2, 3, dtype=torch.bool, device=gpu)
+
+    def step(positions, cell):
+        pairs = layer(positions, cell, pbc, system_idx)
+        x = (pairs.vectors.square().sum(-1) / CUTOFF**2).clamp(max=1.0)
+        where = system_idx[pairs.mapping[0]]
+        energy = positions.new_zeros(2).index_put((where,), (1.0 - x).pow(3), accumulate=True)
+        forces, stress = diffnl.forces_and_stress(energy, positions, cell, system_idx, create_graph=True)
+        loss = forces.square().sum() + stress.square().sum()
+        return forces.detach(), stress.detach(), *torch.autograd.grad(loss, (positions, cell))
+
+    captured = Captured(step, positions, cell)
+    for n in range(5):
+        inputs = moved(positions, cell, n)
+        ours = captured(*inputs)
+        theirs = step(*(x.requires_grad_() for x in inputs))
+        assert theirs[1].abs().max() > 0
+        assert_equal_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("in_order", [False, True], ids=["unordered", "sorted"])
