@@ -6,9 +6,10 @@
     torchrun --nproc-per-node 2 examples/train_mlip.py --device cuda ...    # the same batches, shared out
 
 The neighbour list is a layer of the model (`mlip/model.py`): forces and stresses are its derivatives, and
-training on them differentiates through it twice. The output folder receives `checkpoint.pt` after every
-epoch (the same command with `--resume` goes on from it, to the same numbers as a run that was never
-stopped, or killed) with `metrics.jsonl`, a line for each validation, and at the end `potential.pt`, an ASE
+training on them differentiates through it twice; on a GPU as a captured graph (`mlip/graphs.py`). The
+output folder receives `checkpoint.pt` after every validation and at least every ten seconds (the same
+command with `--resume` goes on from it, to the same numbers as a run that was never stopped, or killed), with
+`metrics.jsonl`, a line for each validation, and at the end `potential.pt`, an ASE
 calculator's input (`mlip/calculator.py`), `parity.png` and `learning_curve.png`.
 """
 
@@ -17,9 +18,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 # Read by cuBLAS when it starts: a fixed workspace makes its results the same run after run.
@@ -30,11 +33,16 @@ import torch
 from mlip import report
 from mlip.calculator import PotentialCalculator, build_potential, relax_strained, save_potential
 from mlip.data import Frame, atoms_from_frame, fingerprint, make_copper, read_frames, split
+from mlip.labels import describe, find_orders, reorder
 from mlip.model import ModelConfig
 from mlip.parallel import Group, start
 from mlip.profiling import layer_share, share_table
 from mlip.training import Settings, Trainer, check_species, evaluate, fit_config, write_atomically
 from tqdm import tqdm
+
+from diffnl.stress import from_voigt, to_gpa
+
+CHECKPOINT_SECONDS = 10.0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -56,10 +64,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "float64"), default="float32")
     add("--batch-size", type=int, default=4, help="structures in a step, of all processes together")
     add("--learning-rate", type=float, default=0.01)
+    add("--weight-decay", type=float, default=0.0, help="of AdamW, times the learning rate")
+    add("--huber-delta", type=float, default=0.1, help="where the loss turns from squares to absolute values")
     add("--valid-fraction", type=float, default=0.05, help="part of the training frames held out")
     add("--energy-weight", type=float, default=1.0, help="of the loss, in units of its labels' spread")
     add("--force-weight", type=float, default=1.0, help="likewise")
     add("--stress-weight", type=float, default=1.0, help="likewise")
+    add(
+        "--stress-order",
+        choices=("as-given", "detect"),
+        default="as-given",
+        help="detect: find out with a short training whether groups of structures have their shear stresses "
+        "in another order than ASE's, and read them in that order (see mlip/labels.py)",
+    )
+    add(
+        "--lists",
+        choices=("every-step", "once"),
+        default="every-step",
+        help="whether the layer searches in every step, or once a structure, pair_vectors doing the rest",
+    )
+    add(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="capture the step's derivatives as a CUDA or HIP graph (default: in one process on a GPU)",
+    )
     add(
         "--patience",
         type=int,
@@ -82,6 +110,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="at the end, time N more steps and the neighbour list's part of them (OUT/layer_share.json)",
     )
     options = parser.parse_args(arguments)
+    if options.graphs is None:
+        options.graphs = options.device.startswith("cuda") and os.environ.get("WORLD_SIZE", "1") == "1"
     for name in ("epochs", "batch_size", "layers", "channels", "learning_rate", "cutoff"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
@@ -105,7 +135,8 @@ def load_data(options: argparse.Namespace, group: Group) -> tuple[list[Frame], l
     return *split(frames, options.valid_fraction, options.seed), test
 
 
-def build(options: argparse.Namespace, train: list[Frame], group: Group) -> Trainer:
+def build(options: argparse.Namespace, train: list[Frame], group: Group, **changes) -> Trainer:
+    """A trainer as the options say, but for `changes` of its settings."""
     config = ModelConfig(
         species=(), cutoff=options.cutoff, layers=options.layers, channels=options.channels,
         hidden_lmax=options.hidden_lmax, edge_lmax=options.edge_lmax,
@@ -115,22 +146,49 @@ def build(options: argparse.Namespace, train: list[Frame], group: Group) -> Trai
         epochs=options.epochs, seed=options.seed, batch_size=options.batch_size,
         learning_rate=options.learning_rate, energy_weight=options.energy_weight,
         force_weight=options.force_weight, stress_weight=options.stress_weight, patience=options.patience,
+        weight_decay=options.weight_decay, huber_delta=options.huber_delta,
     )  # fmt: skip
     torch.manual_seed(options.seed)
     dtype = getattr(torch, options.dtype)
     potential = build_potential(config, group.device, dtype)
-    return Trainer(potential, scales, settings, train, group.device, dtype, group)
+    frames = [frame.on(group.device, dtype) for frame in train]
+    if options.lists == "once":
+        frames = [frame.with_list(config.cutoff) for frame in frames]
+    settings = replace(settings, **changes)
+    return Trainer(potential, scales, settings, frames, group.device, dtype, group, options.graphs)
+
+
+def shear_orders(trainer: Trainer, frames: list[Frame], batch_size: int) -> dict[str, tuple]:
+    """What `find_orders` makes of the stresses that the trainer's potential predicts."""
+    with_stress = [frame for frame in frames if frame.has_stress]
+    values = evaluate(trainer.averaged, with_stress, trainer.device, trainer.dtype, batch_size)
+    predicted = torch.from_numpy(values["stress"]["prediction"]).reshape(-1, 6)
+    return find_orders(with_stress, from_voigt(predicted))
+
+
+def detect(options: argparse.Namespace, frames: list[Frame], group: Group) -> dict[str, tuple[int, ...]]:
+    """The order of the shears in each group where it is not ASE's, from a short training without them."""
+    scout = build(options, frames, group, epochs=min(40, math.ceil(options.epochs / 5)), shear=False)
+    for _ in range(scout.settings.epochs):
+        scout.train_epoch(lambda: None)
+    found = shear_orders(scout, frames, options.batch_size)
+    for name, (order, given, better) in found.items():
+        tell(group, describe(name, order, to_gpa(given), to_gpa(better)))
+    if not found:
+        tell(group, "shear stresses are in ASE's order, as far as a short training can tell")
+    return {name: order for name, (order, *_) in found.items()}
 
 
 # Options that may differ between a run and its continuation.
 FREE = {"out", "resume", "stop_after", "device", "every", "relax_steps", "train", "test", "profile_layer"}
 
 
-def resume(trainer: Trainer, options: argparse.Namespace, data: str, path: Path) -> None:
-    """Load `path` into `trainer`. Raises ValueError if it belongs to other options or other data."""
+def read_checkpoint(options: argparse.Namespace, data: str, group: Group) -> dict:
+    """The checkpoint to go on from. Raises ValueError if it belongs to other options or other data."""
+    path = options.out / "checkpoint.pt"
     if not path.exists():
         raise ValueError(f"--resume: there is no {path}")
-    saved = torch.load(path, map_location=trainer.device, weights_only=True)
+    saved = torch.load(path, map_location=group.device, weights_only=True)
     for name, value in saved["options"].items():
         if getattr(options, name) != value:
             flag = "--" + name.replace("_", "-")
@@ -139,7 +197,7 @@ def resume(trainer: Trainer, options: argparse.Namespace, data: str, path: Path)
         raise ValueError(f"--resume: {path} was made with other training, validation or test frames")
     # The generators' states are CPU tensors whatever the device.
     saved["trainer"]["random"] = saved["trainer"]["random"].cpu()
-    trainer.load_state(saved["trainer"])
+    return saved
 
 
 def tell(group: Group, text: str) -> None:
@@ -148,10 +206,12 @@ def tell(group: Group, text: str) -> None:
         tqdm.write(text)
 
 
-def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace, data: str) -> bool:
-    """Run the epochs that are left; False if `--stop-after` ended it early."""
+def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace, run: dict) -> bool:
+    """Do the epochs that are left; False if `--stop-after` ended it early. `run` is for the checkpoints."""
     every = options.every or max(1, options.epochs // 20)
-    fixed = {key: value for key, value in vars(options).items() if key not in FREE}
+    first, training = trainer.epoch, 0.0
+    run = {"options": {key: value for key, value in vars(options).items() if key not in FREE}} | run
+    written = time.monotonic()
     last = min(options.epochs, options.stop_after or options.epochs)
     # A plain file gets the table without the bar's redrawing.
     with tqdm(
@@ -164,35 +224,53 @@ def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace
         tell(trainer.group, report.HEADER)
         while trainer.epoch < last and not trainer.out_of_patience:
             rate = trainer.learning_rate()
+            begun = time.perf_counter()
             means = trainer.train_epoch(bar.update)
-            if trainer.epoch % every == 0 or trainer.epoch in (1, options.epochs):
+            training += time.perf_counter() - begun
+            validates = trainer.epoch % every == 0 or trainer.epoch in (1, options.epochs)
+            if validates:
                 values = evaluate(
                     trainer.averaged, validation, trainer.device, trainer.dtype, options.batch_size
                 )
                 held_out = {key: report.mean_absolute(value) for key, value in values.items()}
                 trainer.record({"epoch": trainer.epoch, "train": means, "validation": held_out, "rate": rate})
                 tell(trainer.group, report.epoch_row(trainer.epoch, means, held_out, rate))
-            if not trainer.group.leads:
-                continue
-            write_atomically(
-                {"options": fixed, "data": data, "trainer": trainer.state()}, options.out / "checkpoint.pt"
-            )
-            # All lines anew, after the checkpoint they are in: a run that is killed in between loses nothing.
-            write_atomically(report.json_lines(trainer.history), options.out / "metrics.jsonl")
+            due = validates or trainer.epoch == last or time.monotonic() - written > CHECKPOINT_SECONDS
+            if due and trainer.group.leads:
+                write_atomically(run | {"trainer": trainer.state()}, options.out / "checkpoint.pt")
+                # All lines anew, after the checkpoint they are in: who is killed in between loses nothing.
+                write_atomically(report.json_lines(trainer.history), options.out / "metrics.jsonl")
+                written = time.monotonic()
+    rate = (trainer.epoch - first) * len(trainer.frames) / training if training else 0.0
+    tell(trainer.group, f"\n{training:.1f} s of training steps, {rate:.0f} structures/s")
     if trainer.out_of_patience:
         best = trainer.best["epoch"]
-        tell(trainer.group, f"\nno lower validation loss since epoch {best}, whose potential is kept")
+        tell(trainer.group, f"no lower validation loss since epoch {best}, whose potential is kept")
     return trainer.epoch == options.epochs or trainer.out_of_patience
 
 
-def conclude(trainer: Trainer, train: list[Frame], test: list[Frame], options: argparse.Namespace) -> None:
-    """Test table, parity plot, saved potential, and a relaxation with it."""
+def conclude(
+    trainer: Trainer,
+    train: list[Frame],
+    test: list[Frame],
+    as_given: list[Frame],
+    options: argparse.Namespace,
+) -> None:
+    """Test table, parity plot, saved potential, and a relaxation with it.
+
+    `as_given` are the test frames as the file has them, `test` with the shears in the order detected.
+    """
     arguments = (trainer.device, trainer.dtype, options.batch_size)
     potential = trainer.result()
     on_train, on_test = (evaluate(potential, frames, *arguments) for frames in (train, test))
     width = {"energy": 1, "forces": 3, "stress": 6}
     means = {key: on_train[key]["label"].reshape(-1, n).mean(0) for key, n in width.items()}
     print("\n" + report.final_table(on_test, means))
+    if any(not torch.equal(frame.stress, given.stress) for frame, given in zip(test, as_given, strict=True)):
+        errors = report.mean_absolute(evaluate(potential, as_given, *arguments)["stress"])
+        print(f"stress with the shears as the test file has them: MAE {to_gpa(errors):.5f} GPa")
+    for name, (order, given, better) in shear_orders(trainer, train, options.batch_size).items():
+        print(f"warning: {describe(name, order, to_gpa(given), to_gpa(better))}; see --stress-order")
     report.parity_plot(on_train, on_test, options.out / "parity.png")
     report.learning_curve(trainer.history, options.out / "learning_curve.png")
     save_potential(potential, options.out / "potential.pt")
@@ -222,6 +300,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"--device {options.device}: this torch finds no GPU")
             # Sums into atoms are scatter-adds: without this their order, and the last bits, would vary.
             torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = (
+                False  # a check for debugging, at every tensor
+            )
         group = start(options.device)
         if options.profile_layer > 0 and group.size > 1:
             raise ValueError("--profile-layer is for one process")
@@ -240,12 +321,21 @@ def run(options: argparse.Namespace, group: Group) -> int:
     started = time.perf_counter()
     try:
         train_frames, valid_frames, test_frames = load_data(options, group)
-        trainer = build(options, train_frames, group)
-        check_species(valid_frames, trainer.model.config, "validation split")
-        check_species(test_frames, trainer.model.config, options.test or "test split")
         data = fingerprint(train_frames, valid_frames, test_frames)
-        if options.resume:
-            resume(trainer, options, data, options.out / "checkpoint.pt")
+        saved = read_checkpoint(options, data, group) if options.resume else None
+        species = {int(number) for frame in train_frames for number in frame.numbers}
+        check_species(valid_frames, species, "validation split")
+        check_species(test_frames, species, options.test or "test split")
+        orders = saved["orders"] if saved else {}
+        if options.stress_order == "detect" and not saved:
+            orders = detect(options, train_frames, group)
+        as_given = test_frames
+        train_frames, valid_frames, test_frames = (
+            reorder(frames, orders) for frames in (train_frames, valid_frames, test_frames)
+        )
+        trainer = build(options, train_frames, group)
+        if saved:
+            trainer.load_state(saved["trainer"])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -265,16 +355,18 @@ def run(options: argparse.Namespace, group: Group) -> int:
         text = "training structures are in open boundaries: they count for energy and forces only"
         tell(group, f"{without} {text}")
     begun = time.perf_counter()
-    finished = train(trainer, valid_frames, options, data)
+    finished = train(trainer, valid_frames, options, {"data": data, "orders": orders})
     if not group.leads:
         return 0
-    print(f"\n{time.perf_counter() - begun:.1f} s of training and validation")
+    print(f"{time.perf_counter() - begun:.1f} s with validation and checkpoints")
     if not finished:
         print(f"stopped after {trainer.epoch} of {options.epochs} epochs; --resume goes on")
         return 0
-    conclude(trainer, train_frames, test_frames, options)
+    conclude(trainer, train_frames, test_frames, as_given, options)
     if options.profile_layer > 0:
-        share = layer_share(trainer, options.profile_layer)
+        # Not in a graph, in which operators are not told apart.
+        eager = argparse.Namespace(**vars(options) | {"graphs": False})
+        share = layer_share(build(eager, train_frames, group), options.profile_layer)
         print("\n" + share_table(share))
         (options.out / "layer_share.json").write_text(json.dumps(share, indent=1))
     print(f"\n{time.perf_counter() - started:.0f} s in all")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ase.build
@@ -15,6 +15,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import complete_cell
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 
+import diffnl
+
 
 class LabelError(ValueError):
     """A file that cannot be trained on; the message names the file and the frame."""
@@ -22,11 +24,13 @@ class LabelError(ValueError):
 
 @dataclass(frozen=True)
 class Frame:
-    """One labelled structure, float64 on the CPU.
+    """One labelled structure; float64 on the CPU as it is read.
 
     `numbers` (N,) int64; `positions` (N, 3) and `cell` (3, 3) in Å; `pbc` (3,) bool; `energy` () in eV;
     `forces` (N, 3) in eV/Å; `stress` (3, 3) in eV/Å³, ASE's sign. `has_stress` is False for a frame in open
-    boundaries, where stress has no meaning: its `stress` is zero and is never looked at.
+    boundaries, where stress has no meaning: its `stress` is zero and is never looked at. `group` is what the
+    file calls the kind of the structure (`group=` or `config_type=`), "" if nothing. `mapping` (2, P) and
+    `shifts` (P, 3), if the neighbour list is kept.
     """
 
     numbers: torch.Tensor
@@ -37,14 +41,28 @@ class Frame:
     forces: torch.Tensor
     stress: torch.Tensor
     has_stress: bool
+    group: str = ""
+    mapping: torch.Tensor | None = None
+    shifts: torch.Tensor | None = None
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Frame:
+        """The frame on `device`, positions and cell in `dtype`."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved |= {key: moved[key].to(dtype) for key in ("positions", "cell")}
+        return replace(self, **moved)
+
+    def with_list(self, cutoff: float) -> Frame:
+        """The frame with its neighbour list, for `diffnl.pair_vectors` to make vectors from at every step."""
+        mapping, shifts, _ = diffnl.neighbor_pairs(self.positions, self.cell, self.pbc, cutoff, sorted=True)
+        return replace(self, mapping=mapping, shifts=shifts)
 
 
 @dataclass(frozen=True)
 class Batch:
     """B frames as one: `positions` (N, 3), `cell` (B, 3, 3), `pbc` (B, 3), `system_idx` (N,); labels float64.
 
-    `energy` (B,), `forces` (N, 3), `stress` (B, 3, 3), `has_stress` (B,) bool, `counts` (B,) atoms in each
-    system.
+    `energy` (B,), `forces` (N, 3), `stress` (B, 3, 3), `with_stress` (M,) the systems that have one, `counts`
+    (B,) atoms in each system. `mapping` (2, P) and `shifts` (P, 3) if the frames keep their lists.
     """
 
     numbers: torch.Tensor
@@ -56,7 +74,16 @@ class Batch:
     energy: torch.Tensor
     forces: torch.Tensor
     stress: torch.Tensor
-    has_stress: torch.Tensor
+    with_stress: torch.Tensor
+    mapping: torch.Tensor | None = None
+    shifts: torch.Tensor | None = None
+
+    @property
+    def known(self) -> tuple[torch.Tensor, ...] | None:
+        """The pairs as `Potential` takes them, if the frames keep their lists."""
+        if self.mapping is None:
+            return None
+        return self.mapping, self.shifts, torch.tensor(self.mapping.shape[1], device=self.mapping.device)
 
 
 def safe_cell(atoms: ase.Atoms) -> np.ndarray:
@@ -105,6 +132,7 @@ def frame_from_atoms(atoms: ase.Atoms, name: str) -> Frame:
         torch.from_numpy(values["forces"].copy()),
         torch.from_numpy(stress.copy() if stress.shape == (3, 3) else voigt_6_to_full_3x3_stress(stress)),
         has_stress="stress" in values,
+        group=str(atoms.info.get("group", atoms.info.get("config_type", ""))),
     )
 
 
@@ -141,21 +169,31 @@ def atoms_from_frame(frame: Frame) -> ase.Atoms:
 
 
 def collate(frames: list[Frame], device: torch.device, dtype: torch.dtype) -> Batch:
-    """Frames -> one Batch on `device`, with positions and cells in `dtype`."""
-    counts = torch.tensor([len(frame.numbers) for frame in frames])
-    batch = Batch(
+    """Frames -> one Batch on `device`, with positions and cells in `dtype`. Waits for no device."""
+    frames = [frame.on(device, dtype) for frame in frames]
+    # Numbers that Python knows are put together here; everything else where it lies.
+    sizes = [len(frame.numbers) for frame in frames]
+    counts = torch.tensor(sizes)
+    system_idx = torch.arange(len(frames)).repeat_interleave(counts)
+    with_stress = torch.tensor([k for k, frame in enumerate(frames) if frame.has_stress], dtype=torch.int64)
+    known = {}
+    if all(frame.mapping is not None for frame in frames):
+        before = (torch.cumsum(counts, 0) - counts).tolist()
+        mappings = [frame.mapping + first for frame, first in zip(frames, before, strict=True)]
+        known = {"mapping": torch.cat(mappings, 1), "shifts": torch.cat([frame.shifts for frame in frames])}
+    return Batch(
         numbers=torch.cat([frame.numbers for frame in frames]),
-        positions=torch.cat([frame.positions for frame in frames]).to(dtype),
-        cell=torch.stack([frame.cell for frame in frames]).to(dtype),
+        positions=torch.cat([frame.positions for frame in frames]),
+        cell=torch.stack([frame.cell for frame in frames]),
         pbc=torch.stack([frame.pbc for frame in frames]),
-        system_idx=torch.arange(len(frames)).repeat_interleave(counts),
-        counts=counts,
+        system_idx=system_idx.to(device),
+        counts=counts.to(device),
         energy=torch.stack([frame.energy for frame in frames]),
         forces=torch.cat([frame.forces for frame in frames]),
         stress=torch.stack([frame.stress for frame in frames]),
-        has_stress=torch.tensor([frame.has_stress for frame in frames]),
+        with_stress=with_stress.to(device),
+        **known,
     )
-    return Batch(**{key: value.to(device) for key, value in vars(batch).items()})
 
 
 def split(frames: list[Frame], fraction: float, seed: int) -> tuple[list[Frame], list[Frame]]:
@@ -174,7 +212,7 @@ def fingerprint(*sets: list[Frame]) -> str:
         digest.update(f"{len(frames)};".encode())
         for frame in frames:
             for value in vars(frame).values():
-                digest.update(np.ascontiguousarray(value).tobytes())
+                digest.update(b"" if value is None else np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
 
 

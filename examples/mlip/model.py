@@ -18,6 +18,8 @@ from e3nn import o3
 
 import diffnl
 
+from .sums import PairSums
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -134,15 +136,14 @@ class Layer(torch.nn.Module):
         self.normalization = config.num_neighbors**-0.5
         self.irreps_out = self.gate.irreps_out
 
-    def forward(self, features, one_hot, mapping, basis, harmonics):
+    def forward(self, features, one_hot, sums, basis, harmonics):
         """`features` (N, irreps_in.dim) -> (N, irreps_out.dim).
 
-        `one_hot` (N, species); `mapping` (2, P) int64; `basis` (P, num_radial); `harmonics` (P, their dim).
+        `one_hot` (N, species); `sums` of the P pairs; `basis` (P, num_radial); `harmonics` (P, their dim).
         """
-        neighbors = self.up(features).index_select(0, mapping[1])
+        neighbors = sums.of_neighbors(self.up(features))
         messages = self.message(neighbors, harmonics, self.radial(basis))
-        density = messages.new_zeros(len(features), messages.shape[1]).index_add(0, mapping[0], messages)
-        density = self.mix(density * self.normalization)
+        density = self.mix(sums.over_neighbors(messages) * self.normalization)
         # The square below would grow without bound in a crowded place; this keeps it of order one and smooth.
         density = density * torch.rsqrt(1.0 + density.square().mean(1, keepdim=True))
         mixed = self.from_density(density) + self.from_square(self.square(density, density))
@@ -180,21 +181,32 @@ class Potential(torch.nn.Module):
         reference = torch.tensor(config.reference_energies, dtype=torch.float64)
         self.register_buffer("reference_energies", reference, persistent=False)
 
-    def forward(self, numbers, positions, cell, pbc, system_idx):
+    def pairs(self, positions, cell, pbc, system_idx, known):
+        """The neighbour list: by the layer, or with vectors made from what is `known`, see `forward`."""
+        if known is None:
+            return self.neighbors(positions, cell, pbc, system_idx)
+        mapping, shifts, num_pairs = known
+        vectors = diffnl.pair_vectors(positions, cell, mapping, shifts, system_idx)
+        return diffnl.PaddedPairs(mapping, shifts, vectors, num_pairs)
+
+    def forward(self, numbers, positions, cell, pbc, system_idx, known=None):
         """Energies (B,) in eV, float64 whatever the model's dtype.
 
         `numbers` (N,) int64 atomic numbers; `positions` (N, 3) and `cell` (B, 3, 3) in Å; `pbc` (B, 3) bool;
-        `system_idx` (N,) int64. Every atomic number must be one of `config.species`.
+        `system_idx` (N,) int64. Every atomic number must be one of `config.species`. The layer searches,
+        unless the pairs are `known`: their `mapping` (2, P), in ascending i, `shifts` (P, 3) and, () int64,
+        how many of the P are pairs; what is behind them is padding, as long as the cutoff.
         """
         species = self.species_of_number[numbers]
-        pairs = self.neighbors(positions, cell, pbc, system_idx)
+        pairs = self.pairs(positions, cell, pbc, system_idx, known)
+        sums = PairSums(pairs, positions.shape[0])  # `len` would be a constant where it is traced
         one_hot = torch.nn.functional.one_hot(species, len(self.config.species)).to(positions.dtype)
         basis = radial_basis(pairs.distances, self.config.cutoff, self.config.num_radial)
         harmonics = self.harmonics(pairs.vectors)
         features = self.embed(one_hot)
         atomic = 0.0
         for layer, readout in zip(self.layers, self.readouts, strict=True):
-            features = layer(features, one_hot, pairs.mapping, basis, harmonics)
+            features = layer(features, one_hot, sums, basis, harmonics)
             atomic = atomic + readout(features).squeeze(1)
         # A sum over thousands of float32 energies of -5 eV would lose the meV that forces and stresses are
         # made of.

@@ -36,22 +36,17 @@ class Group:
         if self.size == 1:
             return model
         where = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=where)
+        # The buffers are constants, the same everywhere.
+        return DistributedDataParallel(model, device_ids=where, broadcast_buffers=False)
 
     def share(self, frames: list[Frame]) -> tuple[list[Frame], bool]:
         """The frames of this process, and whether they count: a process without one takes the first along."""
         own = frames[self.rank :: self.size]
         return (own, True) if own else (frames[:1], False)
 
-    def factors(self, counts: dict[str, int]) -> dict[str, float]:
+    def factors(self, own: dict[str, int], everywhere: dict[str, int]) -> dict[str, float]:
         """What makes means over own labels, averaged over the processes, the means over all labels."""
-        if self.size == 1:
-            return dict.fromkeys(counts, 1.0)
-        everywhere = self.sum([float(number) for number in counts.values()])
-        return {
-            name: self.size * number / max(total, 1.0)
-            for (name, number), total in zip(counts.items(), everywhere, strict=True)
-        }
+        return {key: self.size * count / max(everywhere[key], 1) for key, count in own.items()}
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over the processes, the same bits on all."""

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import huber_loss
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import diffnl
 from diffnl.stress import to_voigt
 
 from .data import Batch, Frame, LabelError, collate
+from .graphs import Predictor, Room, capture, cut, derivatives
 from .model import ModelConfig, Potential, load_weights, weights
 from .parallel import ALONE, Group
 
@@ -33,6 +35,9 @@ class Settings:
     force_weight: float
     stress_weight: float
     patience: int = 0
+    weight_decay: float = 0.0
+    huber_delta: float = 0.1
+    shear: bool = True  # False: of the stress only the diagonal counts
     averaging: float = 0.99
     max_gradient: float = 10.0
 
@@ -85,10 +90,10 @@ def fit_config(frames: list[Frame], config: ModelConfig) -> tuple[ModelConfig, S
     return config, scales
 
 
-def check_species(frames: list[Frame], config: ModelConfig, name: str) -> None:
+def check_species(frames: list[Frame], species: set[int], name: str) -> None:
     """Raises LabelError if `frames` hold an element that the training set does not."""
     for index, frame in enumerate(frames):
-        unknown = sorted(set(frame.numbers.tolist()) - set(config.species))
+        unknown = sorted(set(frame.numbers.tolist()) - species)
         if unknown:
             raise LabelError(
                 f"{name}: frame {index} has atomic number {unknown[0]}, which is in no training frame"
@@ -97,13 +102,8 @@ def check_species(frames: list[Frame], config: ModelConfig, name: str) -> None:
 
 def predict(model: Potential, batch: Batch, *, create_graph: bool):
     """Energies (B,) eV, forces (N, 3) eV/Å and stresses (B, 3, 3) eV/Å³ of a batch."""
-    positions = batch.positions.detach().requires_grad_()
-    cell = batch.cell.detach().requires_grad_()
-    energy = model(batch.numbers, positions, cell, batch.pbc, batch.system_idx)
-    forces, stress = diffnl.forces_and_stress(
-        energy, positions, cell, batch.system_idx, create_graph=create_graph
-    )
-    return energy, forces, stress
+    where = batch.numbers, batch.positions, batch.cell, batch.pbc, batch.system_idx
+    return derivatives(model, *where, batch.known, create_graph)
 
 
 def errors(prediction, batch: Batch) -> dict[str, torch.Tensor]:
@@ -112,8 +112,14 @@ def errors(prediction, batch: Batch) -> dict[str, torch.Tensor]:
     return {
         "energy": (energy - batch.energy) / batch.counts,
         "forces": forces.double() - batch.forces,
-        "stress": (stress.double() - batch.stress)[batch.has_stress],
+        "stress": (stress.double() - batch.stress).index_select(0, batch.with_stress),
     }
+
+
+def count_labels(frames: list[Frame]) -> dict[str, int]:
+    """How many numbers `errors` has for each kind of label."""
+    atoms, stresses = (sum(x) for x in zip(*((len(f.numbers), f.has_stress) for f in frames), strict=True))
+    return {"energy": len(frames), "forces": 3 * atoms, "stress": 9 * stresses}
 
 
 def write_atomically(values: dict | str, path: Path) -> None:
@@ -148,14 +154,26 @@ class Trainer:
         device,
         dtype,
         group: Group = ALONE,
+        graphs: bool = False,
     ):
-        self.model, self.scales, self.settings, self.frames = model, scales, settings, frames
+        self.model, self.scales, self.settings = model, scales, settings
         self.device, self.dtype, self.group = device, dtype, group
-        self.shared_model = group.wrap(model)
+        self.frames = frames  # best where they are trained on, see `Frame.on`
         # Validation, the saved potential and the reports use a running mean of the weights, which is
         # quieter than the weights.
         self.averaged = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+        predictor, self.room = Predictor(model), None
+        if graphs:
+            share = math.ceil(settings.batch_size / group.size)
+            self.room = Room.for_batches(frames, share, model.config.cutoff)
+            predictor = capture(predictor, self.room, collate(self.frames[:1], device, dtype))
+        self.predictor = group.wrap(predictor)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=self.device.type == "cuda",
+        )
         self.random = torch.Generator().manual_seed(settings.seed)
         self.epoch = self.step = 0
         self.history: list[dict] = []
@@ -188,9 +206,19 @@ class Trainer:
         for key, (weight, scale) in self.terms.items():
             if error[key].numel():  # a batch of open-boundary frames has no stress
                 scaled = error[key] / scale
-                mean = huber_loss(scaled, torch.zeros_like(scaled), delta=0.1) / 0.1
+                if key == "stress" and not self.settings.shear:
+                    scaled = scaled * torch.eye(3, dtype=scaled.dtype, device=scaled.device)
+                delta = self.settings.huber_delta
+                mean = huber_loss(scaled, torch.zeros_like(scaled), delta=delta) / delta
                 total = total + weight * factors[key] * mean
         return total
+
+    def predict(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """Energies, forces and stresses of a batch, to be differentiated with respect to the parameters."""
+        if self.room is not None:
+            return cut(self.predictor(*self.room.pad(batch)), batch)
+        where = batch.numbers, batch.positions, batch.cell, batch.pbc, batch.system_idx
+        return self.predictor(*where, *(batch.known or ()))
 
     def train_step(self, frames: list[Frame]) -> dict[str, torch.Tensor]:
         """A step on a batch, of which this process takes its share: loss and errors of that share."""
@@ -198,22 +226,20 @@ class Trainer:
         batch = collate(own, self.device, self.dtype)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        error = errors(predict(self.shared_model, batch, create_graph=True), batch)
-        factors = self.group.factors({key: value.numel() * counts for key, value in error.items()})
+        error = errors(self.predict(batch), batch)
+        everywhere = count_labels(frames)
+        factors = self.group.factors(
+            count_labels(own) if counts else dict.fromkeys(everywhere, 0), everywhere
+        )
         loss = self.loss(error, factors)
-        if not torch.isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss.item()} at step {self.step}: try a smaller --learning-rate"
-            )
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient)
         self.optimizer.step()
         self.step += 1
         decay = min(self.settings.averaging, self.step / (self.step + 9))
-        with torch.no_grad():
-            for mean, parameter in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(parameter, 1 - decay)
+        means, parameters = (list(model.parameters()) for model in (self.averaged, self.model))
+        get_ema_multi_avg_fn(decay)(means, parameters, self.step)
         found = {"loss": loss.detach()}
         return found | {key: value.detach() if counts else value[:0].detach() for key, value in error.items()}
 
@@ -229,13 +255,19 @@ class Trainer:
                 collected.setdefault(key, []).append(value.reshape(-1))
             on_step()
         self.epoch += 1
-        if self.group.size == 1:
-            return {key: torch.cat(values).abs().mean().item() for key, values in collected.items()}
         joined = {key: torch.cat(values).abs().double() for key, values in collected.items()}
         sums = self.group.sum([value.sum().item() for value in joined.values()])
         counts = self.group.sum([float(value.numel()) for value in joined.values()])
-        # 0 / 0 where no frame has a stress is NaN, as for one process.
-        return {key: total / n if n else math.nan for key, total, n in zip(joined, sums, counts, strict=True)}
+        # NaN where no frame has a stress.
+        means = {
+            key: total / n if n else math.nan for key, total, n in zip(joined, sums, counts, strict=True)
+        }
+        # Looked at once an epoch: to look at every step would be to wait for the device at every step.
+        if not math.isfinite(means["loss"]):
+            raise RuntimeError(
+                f"the loss is {means['loss']} in epoch {self.epoch}: try a smaller --learning-rate"
+            )
+        return means
 
     def record(self, row: dict[str, float | dict]) -> None:
         """Takes down what a validation has found: mean absolute errors in `row["validation"]`."""
@@ -299,7 +331,7 @@ def evaluate(
         )
         parts["energy"].append((batch.energy / batch.counts, energy / batch.counts))
         parts["forces"].append((batch.forces, forces))
-        parts["stress"].append(tuple(to_voigt(value[batch.has_stress]) for value in (batch.stress, stress)))
+        parts["stress"].append(tuple(to_voigt(value[batch.with_stress]) for value in (batch.stress, stress)))
     return {
         key: {
             name: torch.cat([pair[column].reshape(-1) for pair in pairs]).cpu().numpy()
