@@ -21,13 +21,15 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
 demo: $(VENV)/examples.installed
 	$(BIN)/python examples/train_mlip.py $(ARGS)
 
-# A potential exported, then run by a C++ program that is built here, and compared with Python. Takes cmake.
+# A potential trained a little, exported, run by a C++ program that is built here and compared with Python. With cmake.
 deploy: $(VENV)/examples.installed
-	$(BIN)/python examples/deploy/export.py --out build/deploy
+	$(BIN)/python examples/train_mlip.py --epochs 3 --channels 4 --relax-steps 10 --out build/deploy
+	$(BIN)/python examples/deploy/export.py --potential build/deploy/potential.pt --out build/deploy
 	cmake -S examples/deploy -B build/deploy/cmake -DCMAKE_BUILD_TYPE=Release \
 	    -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import diffnl; print(diffnl.cmake_prefix_path())')"
 	cmake --build build/deploy/cmake
-	$(BIN)/python examples/deploy/check.py --out build/deploy
+	$(BIN)/python examples/deploy/check.py --potential build/deploy/potential.pt \
+	    --train build/deploy/copper_train.extxyz --out build/deploy
 
 elastic: $(VENV)/examples.installed
 	$(BIN)/python examples/elastic_constants.py $(ARGS)

@@ -7,10 +7,12 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from systems import TRICLINIC, cubic, scatter, tensor
 
 import diffnl
 
@@ -20,6 +22,8 @@ DEPLOY = Path(__file__).parents[1] / "examples" / "deploy"
 @pytest.fixture(scope="module")
 def example():
     """examples/deploy/export.py as a module."""
+    pytest.importorskip("e3nn")
+    pytest.importorskip("ase")
     spec = importlib.util.spec_from_file_location("deploy_export", DEPLOY / "export.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -66,12 +70,37 @@ def test_cmake_says_what_is_missing(tmp_path):
     assert "there must be one compiled library" in " ".join(done.stderr.split())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in its own export
-def test_the_exported_graph_serves_other_systems(example):
-    """Traced on one frame, it gives Python's values on another: other atoms, other pairs, other axes."""
-    potential = example.Potential()
-    frames = example.make_frames()
-    program = example.trace(potential, frames["slab"])
-    for frame in frames.values():
-        for ours, theirs in zip(program.module()(*frame), example.evaluate(potential, *frame), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+@pytest.fixture(scope="module")
+def potential(example):
+    """One of oxygen and silicon, in float64, that has not been trained."""
+    from mlip.calculator import build_potential
+    from mlip.model import ModelConfig
+
+    torch.manual_seed(7)
+    config = ModelConfig(species=(8, 14), channels=2, reference_energies=(-1.0, 2.0), num_neighbors=40.0)
+    return build_potential(config, "cpu", torch.float64).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def program(example, potential):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch, in its own export
+        return example.trace(potential).module()
+
+
+FRAMES = {
+    "skewed": (scatter(12, TRICLINIC, seed=1, low=-1.0, high=2.0), TRICLINIC, (True, True, True)),
+    "slab": (scatter(25, cubic(9.0), seed=2), cubic(9.0), (True, True, False)),
+    "without pairs": (tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 20.0]]), cubic(9.0), (False, False, False)),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_the_exported_graph_gives_pythons_values(example, potential, program, name):
+    """Other numbers of atoms and pairs than the graph was traced with, other cells and other axes."""
+    positions, cell, pbc = FRAMES[name]
+    frame = positions, tensor(cell), torch.tensor(pbc), torch.arange(len(positions)) % 2
+    energy, forces, _ = expected = example.evaluate(potential, *frame)
+    assert torch.isfinite(energy) and (forces.abs().max() > 1e-3) == (name != "without pairs")
+    for ours, theirs in zip(program(*frame), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
