@@ -9,8 +9,8 @@ The neighbour list is a layer of the model (`mlip/model.py`): forces and stresse
 training on them differentiates through it twice; on a GPU as a captured graph (`mlip/graphs.py`). The
 output folder receives `checkpoint.pt` after every validation and at least every ten seconds (the same
 command with `--resume` goes on from it, to the same numbers as a run that was never stopped, or killed), with
-`metrics.jsonl`, a line for each validation, and at the end `potential.pt`, an ASE
-calculator's input (`mlip/calculator.py`), `parity.png` and `learning_curve.png`.
+`metrics.jsonl`, a line for each validation, and at the end `potential.pt`, an ASE calculator's input
+(`mlip/calculator.py`), `parity.png` and `learning_curve.png`.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def detect(options: argparse.Namespace, frames: list[Frame], group: Group) -> di
 
 
 # Options that may differ between a run and its continuation.
-FREE = {"out", "resume", "stop_after", "device", "every", "relax_steps", "train", "test", "profile_layer"}
+FREE = {"out", "resume", "stop_after", "device", "graphs", "every", "relax_steps", "profile_layer"}
+FREE |= {"train", "test"}  # wherever they lie: their frames are compared
 
 
 def read_checkpoint(options: argparse.Namespace, data: str, group: Group) -> dict:
@@ -241,8 +242,8 @@ def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace
                 # All lines anew, after the checkpoint they are in: who is killed in between loses nothing.
                 write_atomically(report.json_lines(trainer.history), options.out / "metrics.jsonl")
                 written = time.monotonic()
-    rate = (trainer.epoch - first) * len(trainer.frames) / training if training else 0.0
-    tell(trainer.group, f"\n{training:.1f} s of training steps, {rate:.0f} structures/s")
+    speed = (trainer.epoch - first) * len(trainer.frames) / training if training else 0.0
+    tell(trainer.group, f"\n{training:.1f} s of training steps, {speed:.0f} structures/s")
     if trainer.out_of_patience:
         best = trainer.best["epoch"]
         tell(trainer.group, f"no lower validation loss since epoch {best}, whose potential is kept")
