@@ -254,10 +254,14 @@ def is_capturing(device: torch.device) -> bool:
     return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
 
 
+def is_traced() -> bool:
+    """Whether something compiles, traces or fakes operators, instead of only running them."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def has_values(t: Tensor) -> bool:
     """Whether Python may look at values: not where operations are compiled, traced or captured for later."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return not (traced or is_capturing(t.device))
+    return not (is_traced() or is_capturing(t.device))
 
 
 def mapping(value: Tensor, like: Tensor) -> Tensor:

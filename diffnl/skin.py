@@ -69,11 +69,8 @@ class Skin:
         """
         positions, cell, pbc, system_idx = where
         if (
-            torch.compiler.is_compiling()
-            or transforms_active()
             # Who traces or fakes operators must not be given what was found by another call.
-            or torch._C._len_torch_dispatch_stack() > 0
-            or positions.shape[0] == 0
+            _validate.is_traced() or transforms_active() or positions.shape[0] == 0
         ):
             return None
         now = positions.detach(), cell.detach(), pbc, system_idx
