@@ -27,8 +27,6 @@ import numpy as np
 import torch
 from ase.data import chemical_symbols
 from ase.units import GPa
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from mlip import dynamics
 from mlip.calculator import PotentialCalculator
 from mlip.data import read_frames
@@ -42,6 +40,7 @@ from mlip.properties import (
     phonon_bands,
     relax,
 )
+from mlip.report import row_of_axes
 
 PARTS = ("relax", "elastic", "eos", "phonons", "nve", "npt")
 ELASTIC_TOLERANCE = 1e-3  # of the largest constant
@@ -271,9 +270,8 @@ def report_dynamics(kind: str, crystal: ase.Atoms, options: argparse.Namespace) 
 
 def panels(count: int, path: Path) -> tuple[list, Callable[[], None]]:
     """A row of `count` axes, and the function that writes their figure to `path`."""
-    figure = Figure(figsize=(6 if count == 1 else 4 * count, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: nothing is registered globally and no display is asked for
-    return list(figure.subplots(1, count, squeeze=False)[0]), lambda: figure.savefig(path, dpi=140)
+    figure, axes = row_of_axes(count, 6 if count == 1 else 4 * count, 4)
+    return axes, lambda: figure.savefig(path, dpi=140)
 
 
 def plain(found) -> dict:

@@ -40,7 +40,7 @@ from mlip.profiling import layer_share, share_table
 from mlip.training import Settings, Trainer, check_species, evaluate, fit_config, write_atomically
 from tqdm import tqdm
 
-from diffnl.stress import from_voigt, to_gpa
+from diffnl.stress import to_gpa
 
 CHECKPOINT_SECONDS = 10.0
 
@@ -158,20 +158,13 @@ def build(options: argparse.Namespace, train: list[Frame], group: Group, **chang
     return Trainer(potential, scales, settings, frames, group.device, dtype, group, options.graphs)
 
 
-def shear_orders(trainer: Trainer, frames: list[Frame], batch_size: int) -> dict[str, tuple]:
-    """What `find_orders` makes of the stresses that the trainer's potential predicts."""
-    with_stress = [frame for frame in frames if frame.has_stress]
-    values = evaluate(trainer.averaged, with_stress, trainer.device, trainer.dtype, batch_size)
-    predicted = torch.from_numpy(values["stress"]["prediction"]).reshape(-1, 6)
-    return find_orders(with_stress, from_voigt(predicted))
-
-
 def detect(options: argparse.Namespace, frames: list[Frame], group: Group) -> dict[str, tuple[int, ...]]:
     """The order of the shears in each group where it is not ASE's, from a short training without them."""
     scout = build(options, frames, group, epochs=min(40, math.ceil(options.epochs / 5)), shear=False)
     for _ in range(scout.settings.epochs):
         scout.train_epoch(lambda: None)
-    found = shear_orders(scout, frames, options.batch_size)
+    values = evaluate(scout.averaged, frames, scout.device, scout.dtype, options.batch_size)
+    found = find_orders(frames, values["stress"]["prediction"])
     for name, (order, given, better) in found.items():
         tell(group, describe(name, order, to_gpa(given), to_gpa(better)))
     if not found:
@@ -270,7 +263,7 @@ def conclude(
     if any(not torch.equal(frame.stress, given.stress) for frame, given in zip(test, as_given, strict=True)):
         errors = report.mean_absolute(evaluate(potential, as_given, *arguments)["stress"])
         print(f"stress with the shears as the test file has them: MAE {to_gpa(errors):.5f} GPa")
-    for name, (order, given, better) in shear_orders(trainer, train, options.batch_size).items():
+    for name, (order, given, better) in find_orders(train, on_train["stress"]["prediction"]).items():
         print(f"warning: {describe(name, order, to_gpa(given), to_gpa(better))}; see --stress-order")
     report.parity_plot(on_train, on_test, options.out / "parity.png")
     report.learning_curve(trainer.history, options.out / "learning_curve.png")
@@ -301,9 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"--device {options.device}: this torch finds no GPU")
             # Sums into atoms are scatter-adds: without this their order, and the last bits, would vary.
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = (
-                False  # a check for debugging, at every tensor
-            )
+            # It would also fill every new tensor, to find reads of what was never written.
+            torch.utils.deterministic.fill_uninitialized_memory = False
         group = start(options.device)
         if options.profile_layer > 0 and group.size > 1:
             raise ValueError("--profile-layer is for one process")

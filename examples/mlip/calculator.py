@@ -43,6 +43,16 @@ def load_potential(path: str | Path, device="cpu", dtype: torch.dtype = torch.fl
     return model.requires_grad_(False)
 
 
+def inputs_of(model: Potential, atoms: ase.Atoms) -> tuple[torch.Tensor, ...]:
+    """Numbers (N,), positions (N, 3), cell (1, 3, 3), pbc (1, 3), system_idx (N,), where the weights are."""
+    like = next(model.parameters())
+    numbers = torch.tensor(atoms.numbers, dtype=torch.int64, device=like.device)
+    positions = torch.tensor(atoms.positions, dtype=like.dtype, device=like.device)
+    cell = torch.tensor(safe_cell(atoms), dtype=like.dtype, device=like.device)[None]
+    pbc = torch.tensor(atoms.pbc, device=like.device)[None]
+    return numbers, positions, cell, pbc, torch.zeros_like(numbers)
+
+
 class PotentialCalculator(Calculator):
     """ASE calculator: energy and free_energy (eV), forces (N, 3) (eV/Å), stress (6,) (eV/Å³, Voigt order).
 
@@ -67,22 +77,14 @@ class PotentialCalculator(Calculator):
             raise ValueError(
                 f"the potential knows atomic numbers {self.model.config.species}, not {unknown[0]}"
             )
-        numbers = torch.tensor(atoms.numbers.astype(np.int64), device=self.device)
-        pbc = torch.tensor(atoms.pbc, device=self.device)
-        positions = torch.tensor(atoms.positions, dtype=self.dtype)
-        cell = torch.tensor(safe_cell(atoms), dtype=self.dtype)
+        numbers, positions, cell, pbc, system_idx = inputs_of(self.model, atoms)
         if self.device.type == "cuda" and len(atoms) > 0:
             key = atoms.numbers.tobytes() + atoms.pbc.tobytes()
             if self._captured is None or self._captured[0] != key:
-                self._captured = key, CapturedSystem(self.model, numbers, pbc)
-            energy, forces, stress = self._captured[1](positions, cell).split([1, 3 * len(atoms), 9])
+                self._captured = key, CapturedSystem(self.model, numbers, pbc[0])
+            energy, forces, stress = self._captured[1](positions, cell[0]).split([1, 3 * len(atoms), 9])
         else:
-            where = (
-                positions.to(self.device),
-                cell.to(self.device)[None],
-                pbc[None],
-                torch.zeros_like(numbers),
-            )
+            where = positions, cell, pbc, system_idx
             energy, forces, stress = derivatives(self.model, numbers, *where, create_graph=False)
         self.results = {
             "energy": energy.item(),
@@ -93,6 +95,21 @@ class PotentialCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(
                 stress.detach().double().cpu().numpy().reshape(3, 3)
             )
+
+
+def relax_cell(atoms: ase.Atoms, fmax: float, steps: int) -> tuple[bool, int]:
+    """FIRE on positions and cell, in place: whether it converged, and after how many steps.
+
+    `fmax` in eV/Å bounds the forces, and in eV the virial by the number of atoms.
+    """
+    # For open axes: the cell must not move where nothing is periodic.
+    axes = [bool(atoms.pbc[a] and atoms.pbc[b]) for a, b in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))]
+    optimizer = FIRE(FrechetCellFilter(atoms, mask=axes), logfile=None)
+    with warnings.catch_warnings():
+        # The filter takes the logarithm of the deformation; scipy warns of errors of 1e-12 in it.
+        warnings.filterwarnings("ignore", "logm result may be inaccurate", RuntimeWarning)
+        converged = optimizer.run(fmax=fmax, steps=steps)
+    return bool(converged), optimizer.get_number_of_steps()
 
 
 def relax_strained(
@@ -120,11 +137,5 @@ def relax_strained(
         }
 
     before = state(0)
-    # A mask for open axes: the cell must not move where nothing is periodic.
-    mask = [bool(atoms.pbc[a] and atoms.pbc[b]) for a, b in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))]
-    optimizer = FIRE(FrechetCellFilter(atoms, mask=mask), logfile=None)
-    with warnings.catch_warnings():
-        # The filter takes the logarithm of the deformation; scipy warns of errors of 1e-12 in it.
-        warnings.filterwarnings("ignore", "logm result may be inaccurate", RuntimeWarning)
-        optimizer.run(fmax=0.005, steps=steps)
-    return [before, state(optimizer.get_number_of_steps())]
+    _, done = relax_cell(atoms, fmax=0.005, steps=steps)
+    return [before, state(done)]

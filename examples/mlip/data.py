@@ -79,6 +79,11 @@ class Batch:
     shifts: torch.Tensor | None = None
 
     @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What `Potential` takes first."""
+        return self.numbers, self.positions, self.cell, self.pbc, self.system_idx
+
+    @property
     def known(self) -> tuple[torch.Tensor, ...] | None:
         """The pairs as `Potential` takes them, if the frames keep their lists."""
         if self.mapping is None:

@@ -39,17 +39,17 @@ def reorder(frames: list[Frame], orders: dict[str, Order]) -> list[Frame]:
     return [one(frame) for frame in frames]
 
 
-def find_orders(frames: list[Frame], stresses: torch.Tensor) -> dict[str, tuple[Order, float, float]]:
+def find_orders(frames: list[Frame], stresses: np.ndarray) -> dict[str, tuple[Order, float, float]]:
     """Groups of frames whose shears are in another order than they should be.
 
-    `stresses` (M, 3, 3) are a potential's, of the M frames that have a stress. Returns, for each such group,
-    its order as `reorder` takes it and the mean absolute error (eV/Å³) of the shears as given and in that
-    order. An order is believed if it takes a third off the error, and if the structures agree about it:
-    Wilcoxon's signed-rank test of their errors, p < 0.001.
+    `stresses` are a potential's, six in ASE's order for each frame that has one, as `evaluate` gives them.
+    Returns, for each such group, its order as `reorder` takes it and the mean absolute error (eV/Å³) of the
+    shears as given and in that order. An order is believed if it takes a third off the error, and if the
+    structures agree about it: Wilcoxon's signed-rank test of their errors, p < 0.001.
     """
     frames = [frame for frame in frames if frame.has_stress]
     labels = to_voigt(torch.stack([frame.stress for frame in frames])).numpy()[:, 3:]
-    predictions = to_voigt(stresses.double().cpu()).numpy()[:, 3:]
+    predictions = stresses.reshape(-1, 6)[:, 3:]
     groups = np.array([frame.group for frame in frames])
     found = {}
     for group in sorted(set(groups)):

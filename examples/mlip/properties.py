@@ -11,7 +11,6 @@ Potentials and calculators are to be in float64: differences divide the rounding
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import ase
@@ -20,27 +19,17 @@ import torch
 from ase.calculators.calculator import Calculator
 from ase.dft.kpoints import parse_path_string
 from ase.eos import EquationOfState
-from ase.filters import FrechetCellFilter
-from ase.optimize import BFGS, FIRE
+from ase.optimize import BFGS
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_strain
 from ase.units import GPa
 
 from diffnl.stress import from_voigt, strained
 
+from .calculator import inputs_of, relax_cell
 from .data import Frame
 from .model import Potential
 
 # ---- second derivatives through the layer ----
-
-
-def inputs_of(potential: Potential, atoms: ase.Atoms) -> tuple[torch.Tensor, ...]:
-    """Numbers (N,), positions (N, 3), cell (1, 3, 3), pbc (1, 3), system_idx (N,), where the weights are."""
-    like = next(potential.parameters())
-    numbers = torch.tensor(atoms.numbers, dtype=torch.int64, device=like.device)
-    positions = torch.tensor(atoms.positions, dtype=like.dtype, device=like.device)
-    cell = torch.tensor(atoms.cell.array, dtype=like.dtype, device=like.device)[None]
-    pbc = torch.tensor(atoms.pbc, device=like.device)[None]
-    return numbers, positions, cell, pbc, torch.zeros_like(numbers)
 
 
 def hessian_rows(energy: torch.Tensor, x: torch.Tensor, rows) -> torch.Tensor:
@@ -113,11 +102,7 @@ def relax(atoms: ase.Atoms, calculator: Calculator, fmax: float = 1e-6, steps: i
     """
     atoms = atoms.copy()
     atoms.calc = calculator
-    optimizer = FIRE(FrechetCellFilter(atoms), logfile=None)
-    with warnings.catch_warnings():
-        # The filter takes the logarithm of the deformation; scipy warns of errors of 1e-12 in it.
-        warnings.filterwarnings("ignore", "logm result may be inaccurate", RuntimeWarning)
-        converged = optimizer.run(fmax=fmax, steps=steps)
+    converged, _ = relax_cell(atoms, fmax, steps)
     if not converged:
         raise RuntimeError(f"the cell is not relaxed after {steps} steps of FIRE: is the crystal stable?")
     return atoms

@@ -75,14 +75,20 @@ def relaxation_table(states: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def three_panels(height: float):
-    """A figure, and its axes with the rows of energy, forces and stress in GPa."""
+def row_of_axes(count: int, width: float, height: float):
+    """A figure of that size in inches, and its `count` axes side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: nothing is registered globally and no display is asked for
-    return figure, zip(figure.subplots(1, 3), (ROWS[0], ROWS[1], ROWS[3]), strict=True)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def three_panels(height: float):
+    """A figure, and its axes with the rows of energy, forces and stress in GPa."""
+    figure, axes = row_of_axes(3, 13, height)
+    return figure, zip(axes, (ROWS[0], ROWS[1], ROWS[3]), strict=True)
 
 
 def parity_plot(train: dict, test: dict, path: Path) -> None:

@@ -102,8 +102,7 @@ def check_species(frames: list[Frame], species: set[int], name: str) -> None:
 
 def predict(model: Potential, batch: Batch, *, create_graph: bool):
     """Energies (B,) eV, forces (N, 3) eV/Å and stresses (B, 3, 3) eV/Å³ of a batch."""
-    where = batch.numbers, batch.positions, batch.cell, batch.pbc, batch.system_idx
-    return derivatives(model, *where, batch.known, create_graph)
+    return derivatives(model, *batch.inputs, batch.known, create_graph)
 
 
 def errors(prediction, batch: Batch) -> dict[str, torch.Tensor]:
@@ -217,8 +216,7 @@ class Trainer:
         """Energies, forces and stresses of a batch, to be differentiated with respect to the parameters."""
         if self.room is not None:
             return cut(self.predictor(*self.room.pad(batch)), batch)
-        where = batch.numbers, batch.positions, batch.cell, batch.pbc, batch.system_idx
-        return self.predictor(*where, *(batch.known or ()))
+        return self.predictor(*batch.inputs, *(batch.known or ()))
 
     def train_step(self, frames: list[Frame]) -> dict[str, torch.Tensor]:
         """A step on a batch, of which this process takes its share: loss and errors of that share."""
