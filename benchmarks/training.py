@@ -22,12 +22,12 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
+from harness import is_gpu, seconds
 from peers import GATHERS, plain_vectors
 from torch import Tensor, nn
 
@@ -135,27 +135,22 @@ def trainer_of(kind, once: bool, graphs: bool, frames, options: argparse.Namespa
     return Trainer(model, scales, settings, frames, device, torch.float32, graphs=graphs)
 
 
-def seconds(trainer: Trainer, batches: list, steps: int) -> float:
-    """Of a step, after one that is not counted."""
+def step_ms(trainer: Trainer, batches: list, steps: int) -> float:
+    """Milliseconds of a step, after one that is not counted."""
     trainer.train_step(batches[0])
-    wait(trainer.device)
-    start = time.perf_counter()
-    for k in range(steps):
-        trainer.train_step(batches[k % len(batches)])
-    wait(trainer.device)
-    return (time.perf_counter() - start) / steps
 
+    def run():
+        for k in range(steps):
+            trainer.train_step(batches[k % len(batches)])
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 1e3 * seconds(run, trainer.device) / steps
 
 
 def compare(frames, options: argparse.Namespace) -> dict:
     """Structures a second of each variant, its loss on the same first batch, and why one is missing."""
     trainers, found = {}, {}
     for name, (kind, once, graphs) in VARIANTS.items():
-        if graphs and options.device == "cpu":
+        if graphs and not is_gpu(options.device):
             continue
         try:
             trainer = trainer_of(kind, once, graphs, frames, options)
@@ -167,7 +162,7 @@ def compare(frames, options: argparse.Namespace) -> dict:
         trainers[name], found[name] = (trainer, batches), {"first_loss": loss, "step_ms": []}
     for _ in range(options.rounds):
         for name, (trainer, batches) in trainers.items():
-            found[name]["step_ms"].append(1e3 * seconds(trainer, batches, options.steps))
+            found[name]["step_ms"].append(step_ms(trainer, batches, options.steps))
     for name in trainers:
         median = statistics.median(found[name]["step_ms"])
         found[name]["structures_per_s"] = 1e3 * options.batch_size / median
@@ -208,7 +203,7 @@ def main() -> None:
     add("--edge-lmax", type=int, default=3)
     add("--json", type=Path)
     options = parser.parse_args()
-    if options.device.startswith("cuda"):
+    if is_gpu(options.device):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     frames = read_frames(options.train) if options.train else make_copper(40, seed=0)
