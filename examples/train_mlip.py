@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--graphs",
         action=argparse.BooleanOptionalAction,
-        help="capture the step's derivatives as a CUDA or HIP graph (default: in one process on a GPU)",
+        help="capture the step's derivatives as a CUDA or HIP graph (default: on a GPU)",
     )
     add(
         "--patience",
@@ -111,7 +111,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.graphs is None:
-        options.graphs = options.device.startswith("cuda") and os.environ.get("WORLD_SIZE", "1") == "1"
+        options.graphs = options.device.startswith("cuda")
     for name in ("epochs", "batch_size", "layers", "channels", "learning_rate", "cutoff"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")

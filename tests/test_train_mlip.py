@@ -351,27 +351,27 @@ def test_a_killed_run_ends_as_one_that_was_not(files, tmp_path):
         assert torch.equal(value, potentials[1]["weights"][name]), name
 
 
-@pytest.mark.parametrize("batch", [4, 3])
-def test_two_processes_go_the_way_of_one(files, tmp_path, batch):
+@pytest.mark.parametrize(("device", "batch"), [("cpu", 4), ("cpu", 3), ("cuda", 3)])
+def test_two_processes_go_the_way_of_one(files, tmp_path, device, batch):
     """The same batches, shared out; equal but for rounding, which training amplifies: hence float64.
 
-    Of 10 training frames batches of 3 leave one: a process has none then.
+    Of 10 training frames batches of 3 leave one: a process has none then. On GPUs in graphs.
     """
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs")
     script = str(Path(train_mlip.__file__))
-    run = [*files, *SMALL, "--epochs", "3", "--every", "1", "--batch-size", str(batch)]
+    run = [*files, *SMALL, "--epochs", "3", "--every", "1", "--batch-size", str(batch), "--device", device]
     run += ["--dtype", "float64", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    together = subprocess.run(
-        [*launch, script, *run, str(tmp_path / "two")], env=environment, capture_output=True, text=True
-    )
-    assert together.returncode == 0, together.stderr
-    assert "2 processes of 1 threads" in together.stdout
-    assert train_mlip.main([*run, str(tmp_path / "one")]) == 0
-    curves = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    curves = []
+    for processes, how in ((1, []), (2, launch)):
+        out = tmp_path / str(processes)
+        command = [sys.executable, *how, script, *run, str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"{processes} processes of 1 threads" in done.stdout
+        curves.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert len(curves[0]) == 3
     for alone, both in zip(*curves, strict=True):
         for which in ("train", "validation"):

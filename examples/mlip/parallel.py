@@ -7,6 +7,7 @@ weighted by their counts (`Group.factors`). Without torchrun there is one proces
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 
@@ -36,8 +37,10 @@ class Group:
         if self.size == 1:
             return model
         where = [self.device] if self.device.type == "cuda" else None
-        # The buffers are constants, the same everywhere.
-        return DistributedDataParallel(model, device_ids=where, broadcast_buffers=False)
+        # The buffers are constants, the same everywhere; torch 2.13 renamed the argument.
+        names = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return DistributedDataParallel(model, device_ids=where, **{sync: False})
 
     def share(self, frames: list[Frame]) -> tuple[list[Frame], bool]:
         """The frames of this process, and whether they count: a process without one takes the first along."""

@@ -160,10 +160,10 @@ def test_works_where_gradients_are_switched_off():
     np.testing.assert_allclose(forces, theirs_on(atoms).get_forces(), rtol=0, atol=1e-9)
 
 
-def test_is_a_calculator_of_ase_and_survives_a_pickle():
-    atoms = with_calculator(STRUCTURES["salt"], Coulomb(), ("numbers",), directory="somewhere")
+def test_is_a_calculator_of_ase_and_survives_a_pickle(tmp_path):
+    atoms = with_calculator(STRUCTURES["salt"], Coulomb(), ("numbers",), directory=tmp_path / "runs")
     assert isinstance(atoms.calc, Calculator)
-    assert atoms.calc.directory == "somewhere"
+    assert atoms.calc.directory == str(tmp_path / "runs")
     assert atoms.calc.implemented_properties == ["energy", "free_energy", "forces", "stress"]
     copy = atoms.copy()
     copy.calc = pickle.loads(pickle.dumps(atoms.calc))
