@@ -1,7 +1,6 @@
 """The training example: the model's symmetries and derivatives, the files it refuses, learning, resuming."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,7 +21,9 @@ import ase.io  # noqa: E402
 from ase.calculators.calculator import PropertyNotImplementedError  # noqa: E402
 from ase.calculators.singlepoint import SinglePointCalculator  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+import processes  # noqa: E402
 import train_mlip  # noqa: E402
 from mlip.calculator import PotentialCalculator, build_potential, save_potential  # noqa: E402
 from mlip.data import atoms_from_frame, collate, frame_from_atoms, make_copper, read_frames  # noqa: E402
@@ -352,26 +353,20 @@ def test_a_killed_run_ends_as_one_that_was_not(files, tmp_path):
 
 
 @pytest.mark.parametrize(("device", "batch"), [("cpu", 4), ("cpu", 3), ("cuda", 3)])
-def test_two_processes_go_the_way_of_one(files, tmp_path, device, batch):
+def test_two_processes_go_the_way_of_one(files, tmp_path, monkeypatch, device, batch):
     """The same batches, shared out; equal but for rounding, which training amplifies: hence float64.
 
     Of 10 training frames batches of 3 leave one: a process has none then. On GPUs in graphs.
     """
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("two GPUs")
-    script = str(Path(train_mlip.__file__))
     run = [*files, *SMALL, "--epochs", "3", "--every", "1", "--batch-size", str(batch), "--device", device]
-    run += ["--dtype", "float64", "--out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     curves = []
-    for processes, how in ((1, []), (2, launch)):
-        out = tmp_path / str(processes)
-        command = [sys.executable, *how, script, *run, str(out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"{processes} processes of 1 threads" in done.stdout
-        curves.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    for count in (1, 2):
+        rows, _ = processes.train(count, tmp_path / str(count), [*run, "--dtype", "float64"])
+        assert f"{count} processes of 1 threads" in (tmp_path / str(count) / "log").read_text()
+        curves.append(rows)
     assert len(curves[0]) == 3
     for alone, both in zip(*curves, strict=True):
         for which in ("train", "validation"):
