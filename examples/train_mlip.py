@@ -20,6 +20,7 @@ import gc
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -37,12 +38,14 @@ from mlip.labels import describe, find_orders, reorder
 from mlip.model import ModelConfig
 from mlip.parallel import Group, start
 from mlip.profiling import layer_share, share_table
+from mlip.progress import watch
 from mlip.training import Settings, Trainer, check_species, evaluate, fit_config, write_atomically
 from tqdm import tqdm
 
 from diffnl.stress import to_gpa
 
 CHECKPOINT_SECONDS = 10.0
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -161,8 +164,9 @@ def build(options: argparse.Namespace, train: list[Frame], group: Group, **chang
 def detect(options: argparse.Namespace, frames: list[Frame], group: Group) -> dict[str, tuple[int, ...]]:
     """The order of the shears in each group where it is not ASE's, from a short training without them."""
     scout = build(options, frames, group, epochs=min(40, math.ceil(options.epochs / 5)), shear=False)
-    for _ in range(scout.settings.epochs):
-        scout.train_epoch(lambda: None)
+    with watch("order of the shears", scout.total_steps, shown=group.leads) as update:
+        for _ in range(scout.settings.epochs):
+            scout.train_epoch(update)
     values = evaluate(scout.averaged, frames, scout.device, scout.dtype, options.batch_size)
     found = find_orders(frames, values["stress"]["prediction"])
     for name, (order, given, better) in found.items():
@@ -207,19 +211,13 @@ def train(trainer: Trainer, validation: list[Frame], options: argparse.Namespace
     run = {"options": {key: value for key, value in vars(options).items() if key not in FREE}} | run
     written = time.monotonic()
     last = min(options.epochs, options.stop_after or options.epochs)
-    # A plain file gets the table without the bar's redrawing.
-    with tqdm(
-        total=trainer.total_steps,
-        initial=trainer.step,
-        unit="step",
-        mininterval=0.5,
-        disable=None if trainer.group.leads else True,
-    ) as bar:
+    steps = last * trainer.steps_per_epoch
+    with watch("training", steps, trainer.step, shown=trainer.group.leads) as update:
         tell(trainer.group, report.HEADER)
         while trainer.epoch < last and not trainer.out_of_patience:
             rate = trainer.learning_rate()
             begun = time.perf_counter()
-            means = trainer.train_epoch(bar.update)
+            means = trainer.train_epoch(update)
             training += time.perf_counter() - begun
             validates = trainer.epoch % every == 0 or trainer.epoch in (1, options.epochs)
             if validates:
@@ -285,9 +283,24 @@ def conclude(
     )
 
 
+def command_to_resume(arguments: list[str], processes: int) -> str:
+    """The command line that goes on with the run that was started with `arguments`, to its last epoch."""
+    words = [sys.executable] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+    words.append(__file__)
+    skip = False
+    for word in arguments:
+        flag, _, value = word.partition("=")
+        stops = len(flag) > 4 and "--stop-after".startswith(flag)  # argparse takes shortened flags
+        if not (skip or stops or word == "--resume"):
+            words.append(word)
+        skip = stops and not value
+    return shlex.join([*words, "--resume"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    begun = time.time()
     try:
         if torch.device(options.device).type == "cuda":
             if not torch.cuda.is_available():
@@ -302,15 +315,24 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    go_on = command_to_resume(sys.argv[1:] if arguments is None else arguments, group.size)
     try:
-        return run(options, group)
+        return run(options, group, go_on)
+    except KeyboardInterrupt:
+        if group.leads:
+            checkpoint = options.out / "checkpoint.pt"
+            # One that is older than this run is of another.
+            exists = checkpoint.exists() and (options.resume or checkpoint.stat().st_mtime >= begun)
+            text = f"to go on from {checkpoint}:\n  {go_on}" if exists else "there is no checkpoint yet"
+            print(f"\ninterrupted; {text}", file=sys.stderr)
+        return INTERRUPTED
     finally:
         gc.collect()  # DistributedDataParallel holds the group
         group.stop()
 
 
-def run(options: argparse.Namespace, group: Group) -> int:
-    """All of it, by one process of a group."""
+def run(options: argparse.Namespace, group: Group, go_on: str) -> int:
+    """All of it, by one process of a group. `go_on` is the command for the rest of a run that stops early."""
     started = time.perf_counter()
     try:
         train_frames, valid_frames, test_frames = load_data(options, group)
@@ -353,9 +375,10 @@ def run(options: argparse.Namespace, group: Group) -> int:
         return 0
     print(f"{time.perf_counter() - begun:.1f} s with validation and checkpoints")
     if not finished:
-        print(f"stopped after {trainer.epoch} of {options.epochs} epochs; --resume goes on")
+        print(f"stopped after {trainer.epoch} of {options.epochs} epochs; to go on:\n  {go_on}")
         return 0
-    conclude(trainer, train_frames, test_frames, as_given, options)
+    with watch("test, plots and a relaxation"):
+        conclude(trainer, train_frames, test_frames, as_given, options)
     if options.profile_layer > 0:
         # Not in a graph, in which operators are not told apart.
         eager = argparse.Namespace(**vars(options) | {"graphs": False})
@@ -367,4 +390,5 @@ def run(options: argparse.Namespace, group: Group) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a file shows each line when it is printed
     sys.exit(main())

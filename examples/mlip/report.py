@@ -15,6 +15,7 @@ ROWS += (("stress", "stress", "eV/Å³", 1.0), ("stress", "stress", "GPa", GPa))
 
 HEADER = (
     f"{'':>6} {'':>9}  {'train MAE':^37}  {'validation MAE':^37}  {'':>7}\n"
+    f"{'':>6} {'':>9}  " + 2 * f"{'energy':>9}{'forces':>8}{'stress':>11}{'stress':>8}   " + "\n"
     f"{'epoch':>6} {'loss':>9}  "
     + 2 * f"{'eV/atom':>9}{'eV/Å':>8}{'eV/Å³':>11}{'GPa':>8}   "
     + f"{'rate':>7}"
