@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 
 CUTOFF = 6.0  # Å
 DENSITY = 0.1  # atoms per Å³
+CHANGING = (0.03, 0.1, 0.05, 0.08)  # atoms per Å³ from call to call: no call is like the one before it
 JITTER = 0.6  # full width of the uniform displacement of an atom, in lattice spacings
 MEGABYTE = 1024**2
 RESOLUTION_MB = 1  # the kernel counts resident pages per core and in batches; smaller growth is noise
@@ -26,10 +27,12 @@ RESOLUTION_MB = 1  # the kernel counts resident pages per core and in batches; s
 
 @dataclass(frozen=True)
 class System:
-    """One workload: a periodic box, or a batch of boxes of the same size.
+    """One workload: a periodic box, a batch of boxes of the same size, or several boxes in turn.
 
     `positions` (N, 3) in Å; `cell` (3, 3), or (B, 3, 3) for a batch, rows are lattice vectors in Å; `pbc`
     (3,) or (B, 3) bool; `system_idx` (N,) int64 for a batch, None for one box.
+
+    `sweep` are the boxes of a workload that changes from call to call, of which this is the first.
 
     Libraries that want the batch described otherwise find that here, made once and not in the timed call.
     """
@@ -39,6 +42,12 @@ class System:
     cell: torch.Tensor
     pbc: torch.Tensor
     system_idx: torch.Tensor | None
+    sweep: tuple[System, ...] = ()
+
+    @property
+    def parts(self) -> tuple[System, ...]:
+        """The systems that a step goes through, one after the other."""
+        return self.sweep or (self,)
 
     @property
     def atoms(self) -> int:
@@ -96,11 +105,24 @@ def cube_side(atoms: int) -> int:
     return side
 
 
+def label_of(size: str) -> str:
+    """How the rows call the system that `size` names."""
+    kind = "changing" if size.startswith("~") else "batch" if "x" in size else "bulk"
+    return f"{kind}-{size.removeprefix('~')}"
+
+
 def make_system(size: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> System:
     """The system that `size` names: "1000" is one cubic box, "512x27" are 512 triclinic boxes of 27 atoms.
 
+    "~1000" is the box of "1000" at the densities `CHANGING` in turn.
+
     The same size and seed give the same atoms in every process on the same kind of device.
     """
+    if size.startswith("~"):
+        box, label = make_system(size[1:], dtype, device, seed), label_of(size)
+        stretches = [(DENSITY / density) ** (1 / 3) for density in CHANGING]
+        parts = [System(label, box.positions * x, box.cell * x, box.pbc, None) for x in stretches]
+        return replace(parts[0], sweep=tuple(parts))
     generator = torch.Generator(device).manual_seed(seed)
     count, _, atoms = size.rpartition("x")
     side = cube_side(int(atoms))
@@ -114,8 +136,9 @@ def make_system(size: str, dtype: torch.dtype, device: str = "cpu", seed: int = 
         cell = torch.stack([box[1] for box in boxes])
         pbc = torch.ones(batch, 3, dtype=torch.bool)
         system_idx = torch.arange(batch).repeat_interleave(side**3).to(device)
-    label = f"batch-{size}" if count else f"bulk-{size}"
-    return System(label, positions.to(device, dtype), cell.to(device, dtype), pbc.to(device), system_idx)
+    return System(
+        label_of(size), positions.to(device, dtype), cell.to(device, dtype), pbc.to(device), system_idx
+    )
 
 
 def seconds(call: Callable[[], object], device: str) -> float:

@@ -4,13 +4,17 @@
     python benchmarks/neighbors.py --device cuda --json neighbors.json
 
 The workload: jittered, shuffled, periodic lattices with 0.1 atoms/Å³ and a 6 Å cutoff (about 90 neighbours
-an atom), as cubic boxes (`--sizes`) and batches of triclinic boxes (`--batches`). Four steps, each for the
-full list:
+an atom), as cubic boxes (`--sizes`) and batches of triclinic boxes (`--batches`). "~10648" among the sizes is
+a box whose density changes from call to call, fourfold at most: its rows are means over four densities, and
+nothing that a library has learnt in a call holds in the next. Four steps, each for the full list:
 
     list      pairs and integer shifts
     vectors   the list with vectors that can be differentiated to positions and cell
     backward  gradients to positions and cell of a weighted sum of the vectors
     train     vectors, the energy sum of 1/sqrt(d² + 1), its gradients, and the gradients of a loss on those
+
+Libraries without differentiable vectors of their own get them from plain torch, once with indexing and once
+with `index_select`; of the two the faster one in a step counts, and is named.
 
 Before a row is timed all libraries must find the same number of pairs. Times are medians after a warm-up, by
 events on a GPU; the libraries take turns. Peak memory is what a step adds to what was there before, results
@@ -43,15 +47,25 @@ from harness import (
     DeviceLost,
     System,
     is_gpu,
+    label_of,
     machine,
     make_system,
     survive,
     time_in_turns,
 )
-from peers import GATHERS, LIBRARIES, STEPS, gpu_memory, load, peak_memory
-from tables import COLUMNS, MEMORY_STEPS, compare, plot, print_rows, print_summary, title_of_record
+from peers import LIBRARIES, OWN, STEPS, gpu_memory, load, peak_memory
+from tables import (
+    COLUMNS,
+    MEMORY_STEPS,
+    compare,
+    fastest_way,
+    plot,
+    print_rows,
+    print_summary,
+    title_of_record,
+)
 
-SIZES = {"cpu": "64,1000,10648,97336", "cuda": "1000,10648,97336,1000000"}
+SIZES = {"cpu": "64,1000,10648,97336,~10648", "cuda": "1000,10648,97336,1000000,~1000,~10648"}
 BATCHES = {"cpu": "", "cuda": "512x27,512x64,32x1000"}
 BUDGETS = {"cpu": 1.0, "cuda": 0.5}
 REPEATS_SIZE = "1000000"
@@ -94,14 +108,15 @@ def judge_counts(counts: dict[str, int], system: System) -> tuple[int, dict[str,
 def count_pairs(runs: dict, views: dict[str, System], device: str) -> tuple[dict[str, int], dict]:
     """The number of pairs each library finds, by name, and the reason by name of those without one."""
     counts, notes = {}, {}
-    for name, run in runs.items():
-        system = views[name]
+    for name, ways in runs.items():
+        system, run = views[name], next(iter(ways.values()))
         notes[name] = LIBRARIES[name].refusal(system)
         if notes[name] is not None:
             continue
         start = time.perf_counter()
         try:
-            counts[name] = int(run(system.positions, system.cell, system, False)[0].shape[1])
+            found = (run(part.positions, part.cell, part, False)[0] for part in system.parts)
+            counts[name] = sum(int(mapping.shape[1]) for mapping in found)
         except Exception as error:  # a peer may fail in any way; the others go on
             notes[name] = f"failed: {survive(name, error, device)}"
         if time.perf_counter() - start > SLOW_S:
@@ -133,18 +148,23 @@ def measure(size: str, runs: dict, options: argparse.Namespace) -> list[dict]:
     accepted = [name for name in counts if notes[name] is None]
     for step, prepare in STEPS.items():
         calls = {
-            name: lambda run=runs[name], view=views[name], prepare=prepare: prepare(run, view)
+            f"{name}/{way}": lambda run=run, view=views[name], prepare=prepare: prepare(run, view)
             for name in accepted
+            for way, run in list(runs[name].items())[: 1 if step == "list" else None]
         }
         times, errors = time_in_turns(calls, options.device, options.budget)
-        for name, samples in times.items():
-            rows[name][f"{step}_ms"] = statistics.median(samples) * 1e3
-            rows[name][f"{step}_repeats"] = len(samples)
-        for name, message in errors.items():
-            notes[name] = "; ".join(filter(None, [notes[name], f"{step} failed: {message}"]))
+        medians = {entry: statistics.median(samples) for entry, samples in times.items()}
+        for entry in sorted(medians, key=medians.get, reverse=True):  # the fastest way of a library is last
+            name, way = entry.split("/")
+            rows[name][f"{step}_ms"] = medians[entry] * 1e3 / len(system.parts)
+            rows[name][f"{step}_repeats"] = len(times[entry])
+            rows[name].setdefault(f"{step}_ways", {})[way] = rows[name][f"{step}_ms"]
+        for entry, message in errors.items():
+            name, way = entry.split("/")
+            notes[name] = "; ".join(filter(None, [notes[name], f"{step} failed ({way}): {message}"]))
     for name in accepted if options.memory else []:
         try:
-            rows[name] |= memory_columns(name, views[name], size, options)
+            rows[name] |= memory_columns(rows[name], views[name], size, options)
         except Exception as error:  # the same for its memory
             message = survive(name, error, options.device)
             notes[name] = "; ".join(filter(None, [notes[name], f"memory failed: {message}"]))
@@ -153,17 +173,18 @@ def measure(size: str, runs: dict, options: argparse.Namespace) -> list[dict]:
     return [row | {"note": notes[name]} for name, row in rows.items()]
 
 
-def memory_columns(name: str, view: System, size: str, options: argparse.Namespace) -> dict:
-    """Peak memory of a library on a system, as columns of its row."""
+def memory_columns(row: dict, view: System, size: str, options: argparse.Namespace) -> dict:
+    """Peak memory of a library on a system, of the faster way in each step, as columns of its `row`."""
+    name, every = row["library"], LIBRARIES[row["library"]].ways
+    ways = {step: fastest_way(row, step) or every[0] for step in MEMORY_STEPS}
     if is_gpu(options.device):
-        return gpu_memory(name, MEMORY_STEPS, view, options.gather)
+        return gpu_memory(name, ways, view)
     peaks = peak_memory(
         name,
-        MEMORY_STEPS,
+        ways,
         size,
         dtype=view.positions.dtype,
         device=options.device,
-        gather=options.gather,
         seed=options.seed,
         threads=options.threads,
     )
@@ -201,6 +222,7 @@ def gpu_extras(run, options: argparse.Namespace, record: dict) -> None:
 def floors_of(measured: list[dict], options: argparse.Namespace, record: dict) -> list[dict]:
     """Floors of one system's row of diffnl, where the speed of a copy is known."""
     own = [row for row in measured if row["library"] == "diffnl" and row["vectors_ms"] is not None]
+    own = [row for row in own if not row["system"].startswith("changing")]
     if not own or record["bandwidth"] is None:
         return []
     try:
@@ -220,11 +242,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, default=2, help="torch's CPU threads (default: 2)")
     add("--dtype", choices=["float32", "float64"], default="float32")
-    add("--sizes", help=f"atoms a box, cubes (default: {SIZES['cpu']}; cuda: {SIZES['cuda']})")
+    add("--sizes", help=f"atoms a box, cubes; ~: changing (default: {SIZES['cpu']}; cuda: {SIZES['cuda']})")
     add("--batches", help=f"boxes x atoms, like 512x27 (default: none; cuda: {BATCHES['cuda']})")
     add("--peers", help=f"which of {','.join(peers)} (default: all that know the device)")
     add("--without", default="", help="peers to leave out")
-    add("--gather", choices=list(GATHERS), default="indexing", help="how plain torch vectors gather")
     add("--budget", type=float, help="seconds a step of a library and system (default: 1; cuda: 0.5)")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     add("--extras", action=argparse.BooleanOptionalAction, default=True, help="floors, repeats (cuda)")
@@ -267,7 +288,6 @@ def new_record(options: argparse.Namespace, versions: dict, missing: dict) -> di
             "cutoff_angstrom": CUTOFF,
             "density_per_cubic_angstrom": DENSITY,
             "dtype": options.dtype,
-            "gather": options.gather,
             "budget_s": options.budget,
             "seed": options.seed,
         },
@@ -302,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(options.seed)
     if is_gpu(options.device) and torch.device(options.device).index is not None:
         torch.cuda.set_device(options.device)
-    runs, versions, missing = load(["diffnl", *options.peers], options.gather)
+    runs, versions, missing = load(["diffnl", *options.peers])
     record = new_record(options, versions, missing)
     if options.resume and options.json.exists():
         take_up(record, options.json)
@@ -318,11 +338,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if options.extras:
-            gpu_extras(runs.get("diffnl"), options, record)
+            gpu_extras(runs.get("diffnl", {}).get(OWN), options, record)
             save()
-        done = {row["system"].split("-", 1)[1] for row in record["rows"]}
+        done = {row["system"] for row in record["rows"]}
         for size in options.systems:
-            if size in done:
+            if label_of(size) in done:
                 continue
             measured = measure(size, runs, options)
             print_rows(measured)
@@ -332,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
             record["floors"] += floors_of(measured, options, record)
             save()
     except DeviceLost as lost:
-        record["lost_to"].append(lost.name)
+        record["lost_to"].append(lost.name.partition("/")[0])
         save()
         print(lost)
         return LOST

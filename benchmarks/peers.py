@@ -2,7 +2,8 @@
 
 A library is a function `run(positions, cell, system, with_vectors) -> (mapping, shifts, vectors)`: the full
 list as (2, P) pairs and (P, 3) shifts and, `with_vectors`, the differentiable (P, 3) vectors. Libraries
-that compute no differentiable vectors get them from plain torch (`plain_vectors`), as their users do.
+that compute no differentiable vectors get them from plain torch (`plain_vectors`), as their users do: in two
+ways, with indexing and with `index_select`, of which either is the faster one in some step.
 """
 
 from __future__ import annotations
@@ -22,25 +23,39 @@ GATHERS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "index_select": lambda rows, index: rows.index_select(0, index),
     "indexing": lambda rows, index: rows[index],
 }
-MAX_NEIGHBORS = 160  # for libraries that want a bound; the workload has about 90 neighbours an atom
+OWN = "own"  # the one way of a library that computes its vectors itself
+# For libraries that want a bound. Atoms of the workload have 89 neighbours, 3 the standard deviation, at most
+# 106 of 10⁶; where it does not suffice the pairs that are missing have the library refused.
+MAX_NEIGHBORS = 112
 
 
 @dataclass(frozen=True)
 class Library:
     """How a library is reached and what it can run."""
 
-    make: Callable[[Callable], Run]  # takes the gather of `plain_vectors`; raises where it is not installed
+    make: Callable[[Callable | None], Run]  # takes the gather of `plain_vectors`
     distribution: str
     devices: tuple[str, ...] = ("cpu",)
     batches: bool = False
     max_atoms: int | None = None  # above it one call takes minutes
+    plain: bool = False  # its vectors are those of `plain_vectors`
     stacked: bool = False  # wants `cell` as (B, 3, 3) and `pbc` as (B, 3) for one box too
 
     def view(self, system: System) -> System:
         """The system in the shapes this library wants, so that the timed call need not make them."""
         if not self.stacked:
             return system
-        return replace(system, cell=system.cell.reshape(-1, 3, 3), pbc=system.pbc.reshape(-1, 3))
+        sweep = tuple(self.view(part) for part in system.sweep)
+        return replace(system, cell=system.cell.reshape(-1, 3, 3), pbc=system.pbc.reshape(-1, 3), sweep=sweep)
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The names of the ways to its vectors."""
+        return tuple(GATHERS) if self.plain else (OWN,)
+
+    def run(self, way: str) -> Run:
+        """The library with its vectors made that way; raises where it is not installed."""
+        return self.make(GATHERS.get(way))
 
     def refusal(self, system: System) -> str | None:
         """Why this library does not run on a system, None if it does."""
@@ -208,14 +223,14 @@ def _nvalchemi(method: str | None) -> Callable[[Callable], Run]:
 
 LIBRARIES: dict[str, Library] = {
     "diffnl": Library(_diffnl, "diffnl", ("cpu", "cuda"), batches=True),
-    "vesin": Library(_vesin, "vesin", ("cpu", "cuda")),
+    "vesin": Library(_vesin, "vesin", ("cpu", "cuda"), plain=True),
     "vesin-torch": Library(_vesin_torch, "vesin-torch", ("cpu", "cuda")),
-    "matscipy": Library(_matscipy, "matscipy"),
-    "pymatgen": Library(_pymatgen, "pymatgen-core"),
-    "ase": Library(_ase, "ase", max_atoms=11_000),
-    "torch_nl": Library(_torch_nl, "torch-nl", ("cpu", "cuda"), batches=True, max_atoms=11_000),
+    "matscipy": Library(_matscipy, "matscipy", plain=True),
+    "pymatgen": Library(_pymatgen, "pymatgen-core", plain=True),
+    "ase": Library(_ase, "ase", max_atoms=11_000, plain=True),
+    "torch_nl": Library(_torch_nl, "torch-nl", ("cpu", "cuda"), batches=True, max_atoms=11_000, plain=True),
     "torchsim": Library(
-        _torchsim, "torch-sim-atomistic", ("cuda",), batches=True, max_atoms=40_000, stacked=True
+        _torchsim, "torch-sim-atomistic", ("cuda",), batches=True, max_atoms=40_000, plain=True, stacked=True
     ),
     "nvalchemi": Library(_nvalchemi(None), "nvalchemi-toolkit-ops", ("cuda",), batches=True, stacked=True),
     "nvalchemi-cell": Library(
@@ -227,12 +242,12 @@ LIBRARIES: dict[str, Library] = {
 }
 
 
-def load(names: list[str], gather: str) -> tuple[dict[str, Run], dict[str, str], dict[str, str]]:
-    """Imports libraries: runs by name, versions by name, and the reason by name of those that are missing."""
+def load(names: list[str]) -> tuple[dict[str, dict[str, Run]], dict[str, str], dict[str, str]]:
+    """Imports libraries: by name the runs by way, the versions, and the reason of those that are missing."""
     runs, versions, missing = {}, {}, {}
     for name in names:
         try:
-            runs[name] = LIBRARIES[name].make(GATHERS[gather])
+            runs[name] = {way: LIBRARIES[name].run(way) for way in LIBRARIES[name].ways}
             versions[name] = version_of(LIBRARIES[name].distribution)
         except Exception as error:  # a half-installed peer can fail in any way on import
             missing[name] = describe(error)
@@ -242,17 +257,35 @@ def load(names: list[str], gather: str) -> tuple[dict[str, Run], dict[str, str],
 # The steps. Each takes a run and a system, and returns the call to time.
 
 
+def in_turn(step: Callable[[Run, System], Callable[[], object]]):
+    """The step for all parts of a system, one after the other in one call."""
+
+    def prepare(run: Run, system: System) -> Callable[[], object]:
+        calls = [step(run, part) for part in system.parts]
+
+        def every() -> None:
+            for call in calls:
+                call()
+
+        return calls[0] if len(calls) == 1 else every
+
+    return prepare
+
+
+@in_turn
 def list_step(run: Run, system: System):
     """Pairs and shifts of the full list, nothing requires a gradient."""
     return lambda: run(system.positions, system.cell, system, False)
 
 
+@in_turn
 def vectors_step(run: Run, system: System):
     """The list with vectors that can be differentiated to positions and cell."""
     positions, cell = system.leaves()
     return lambda: run(positions, cell, system, True)
 
 
+@in_turn
 def backward_step(run: Run, system: System):
     """Gradients to positions and cell of a weighted sum of the vectors, which are there already."""
     positions, cell = system.leaves()
@@ -261,6 +294,7 @@ def backward_step(run: Run, system: System):
     return lambda: torch.autograd.grad(vectors, (positions, cell), weights, retain_graph=True)
 
 
+@in_turn
 def train_step(run: Run, system: System):
     """Vectors, the energy sum of 1/sqrt(d² + 1), its gradients, and the gradients of a loss on those."""
     positions, cell = system.leaves()
@@ -285,20 +319,19 @@ STEPS: dict[str, Callable[[Run, System], Callable[[], object]]] = {
 
 def peak_memory(
     name: str,
-    steps: list[str],
+    ways: dict[str, str],
     size: str,
     *,
     dtype: torch.dtype,
     device: str,
-    gather: str,
     seed: int,
     threads: int,
 ) -> dict[str, float | None]:
-    """By how many MB each step raises the peak memory; on the CPU measured in a fresh process."""
-    arguments = (name, steps, size, dtype, device, gather, seed, threads)
+    """By how many MB each step of `ways` raises the peak memory; on the CPU measured in a fresh process."""
+    arguments = (name, ways, size, dtype, device, seed, threads)
     if is_gpu(device):
-        peaks = gpu_memory(name, steps, LIBRARIES[name].view(make_system(size, dtype, device, seed)), gather)
-        return {step: peaks[f"{step}_mb"] for step in steps}
+        peaks = gpu_memory(name, ways, LIBRARIES[name].view(make_system(size, dtype, device, seed)))
+        return {step: peaks[f"{step}_mb"] for step in ways}
     # With a fixed threshold glibc returns freed blocks at once, so that the peak is what was in use and not
     # what the allocator kept for later. Left alone it raises the threshold as it goes, differently for
     # every library.
@@ -313,12 +346,12 @@ def peak_memory(
             os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
-def _peak_memory_here(name, steps, size, dtype, device, gather, seed, threads):
+def _peak_memory_here(name, ways, size, dtype, device, seed, threads):
     torch.set_num_threads(threads)
-    run = LIBRARIES[name].make(GATHERS[gather])
     small, system = make_system("512", dtype, device, seed), make_system(size, dtype, device, seed)
     peaks = {}
-    for step in steps:
+    for step, way in ways.items():
+        run = LIBRARIES[name].run(way)
         STEPS[step](run, small)()  # starts threads and loads code, which belong to no step
         call = STEPS[step](run, system)
         peaks[step] = peak_growth_mb(call, device)
@@ -326,14 +359,14 @@ def _peak_memory_here(name, steps, size, dtype, device, gather, seed, threads):
     return peaks
 
 
-def gpu_memory(name: str, steps: list[str], system: System, gather: str) -> dict[str, float]:
-    """Peak memory of each step on a GPU, in MB: `gpu_peak_mb` as columns of a row.
+def gpu_memory(name: str, ways: dict[str, str], system: System) -> dict[str, float]:
+    """Peak memory of each step of `ways` on a GPU, in MB: `gpu_peak_mb` as columns of a row.
 
     The library is made anew for each step, so that buffers it keeps from call to call count too.
     """
     columns = {}
-    for step in steps:
-        run = LIBRARIES[name].make(GATHERS[gather])
+    for step, way in ways.items():
+        run = LIBRARIES[name].run(way)
         peaks = gpu_peak_mb(STEPS[step](run, system), system.positions.device)
         columns |= {f"{step}_mb": peaks["growth"], f"{step}_peak_mb": peaks["peak"]}
         columns[f"{step}_outside_mb"] = peaks["outside"]

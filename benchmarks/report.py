@@ -9,7 +9,7 @@ from pathlib import Path
 from bandwidth import FLOOR_STEPS
 from harness import MEGABYTE
 from peers import STEPS
-from tables import filled, plot, show, show_ratio, title_of, title_of_record
+from tables import chosen_ways, filled, plot, show, show_ratio, title_of, title_of_record
 
 STAGES = ("build", "test", "sanitize", "bench", "train")
 DTYPES = ("float32", "float64")
@@ -134,6 +134,10 @@ def benchmark(dtype: str, record: dict, image: str) -> list[str]:
                 "step adds. A library's own allocations around torch's are in the last column.",
                 every_row(rows, [*memory, *filled(["train_outside_mb"], rows)]),
             ]
+    ways = [f"- {row['system']}, {row['library']}: {line}" for row in rows if (line := chosen_ways(row))]
+    if ways:
+        parts += ["Vectors by plain torch, the faster way in each step, and what the other would take:"]
+        parts += ["\n".join(ways)]
     notes = [f"- {row['system']}, {row['library']}: {row['note']}" for row in rows if row["note"]]
     if notes:
         parts += ["Refused, failed or not run:", "\n".join(notes)]

@@ -33,7 +33,6 @@ from tables import leader, print_table, spread
 
 SIZES = "1000,4096,10648,32768,97336,314432,1000000"
 TIMED = ["vectors", "backward"]
-GATHER = "index_select"
 REFERENCE_ATOMS = 10_000  # times are also given relative to the size nearest to this
 BYTES_A_PAIR = 120  # enough for the list, its vectors, their gradient and its temporaries
 
@@ -53,11 +52,10 @@ def measure(size: str, run, options: argparse.Namespace) -> list[dict]:
     if options.memory:
         peaks = peak_memory(
             options.library,
-            TIMED,
+            dict.fromkeys(TIMED, LIBRARIES[options.library].ways[-1]),
             size,
             dtype=dtype,
             device=options.device,
-            gather=GATHER,
             seed=options.seed,
             threads=max(options.threads),
         )
@@ -196,7 +194,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.manual_seed(options.seed)
-    runs, versions, missing = load([options.library], GATHER)
+    runs, versions, missing = load([options.library])
     if missing:
         print(f"missing: {options.library} ({missing[options.library]})", file=sys.stderr)
         return 1
@@ -210,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             skipped.append(int(size))
             print(f"skipped: {int(size):,} atoms do not surely fit into the free memory")
             continue
-        rows += measure(size, runs[options.library], options)
+        rows += measure(size, runs[options.library][LIBRARIES[options.library].ways[-1]], options)
         print(f"measured {int(size):,} atoms", flush=True)
     if not rows:
         return 1

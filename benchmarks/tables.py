@@ -41,6 +41,23 @@ def compare(rows: list[dict]) -> dict | None:
     return ratios
 
 
+def fastest_way(row: dict, step: str) -> str | None:
+    """The way that the time of a row's step belongs to."""
+    ways = row.get(f"{step}_ways")
+    return min(ways, key=ways.get) if ways else None
+
+
+def chosen_ways(row: dict) -> str | None:
+    """Where there are two ways to the vectors, the faster one in each step and the other's time over its."""
+    found = []
+    for step in STEPS:
+        ways = sorted((row.get(f"{step}_ways") or {}).items(), key=lambda item: item[1])
+        if len(ways) > 1:
+            (best, time), (other, longer) = ways[:2]
+            found.append(f"{step} by {best} ({other}: {longer / time:.2f}x)")
+    return ", ".join(found) or None
+
+
 def show(value: float | None, column: str) -> str:
     """A time in ms or a memory in MB with three significant digits."""
     if value is None:
@@ -74,8 +91,8 @@ def print_rows(rows: list[dict]) -> None:
     lines = [[row["library"], *(show(row[column], column) for column in columns)] for row in rows]
     print_table(titles, lines)
     for row in rows:
-        if row["note"]:
-            print(f"  {row['library']}: {row['note']}")
+        for line in filter(None, (row["note"], chosen_ways(row))):
+            print(f"  {row['library']}: {line}")
         outside = row.get("train_outside_mb") or 0
         if outside >= RESOLUTION_MB:
             print(f"  {row['library']}: train takes {outside:,.0f} MB more around torch's allocator")

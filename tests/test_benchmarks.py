@@ -57,13 +57,14 @@ def test_every_library_finds_the_pairs_of_the_oracle(name, size):
     if reason:
         assert reason == "no batches" and "x" in size
         return
-    runs, _, missing = peers.load([name], "index_select")
+    runs, _, missing = peers.load([name])
     if missing:
         pytest.skip(missing[name])
-    mapping, shifts, vectors = runs[name](*system.leaves(), system, True)
-    assert mapping.shape[1] == brute_count(system) > 0
-    assert shifts.shape == vectors.shape == (mapping.shape[1], 3)
-    assert 0 < vectors.norm(dim=1).max() < harness.CUTOFF
+    for run in runs[name].values():
+        mapping, shifts, vectors = run(*system.leaves(), system, True)
+        assert mapping.shape[1] == brute_count(system) > 0
+        assert shifts.shape == vectors.shape == (mapping.shape[1], 3)
+        assert 0 < vectors.norm(dim=1).max() < harness.CUTOFF
 
 
 @pytest.mark.parametrize("gather", list(peers.GATHERS))
@@ -91,6 +92,71 @@ def test_same_size_and_seed_give_the_same_system():
     assert first.label == "batch-3x27" and first.atoms == 81 and first.systems == 3
     with pytest.raises(ValueError, match="cube .* got 65; the nearest is 64"):
         harness.make_system("65", torch.float32)
+
+
+def test_a_changing_box_is_one_of_another_density_at_each_call():
+    """Nothing that a library learns from a call holds in the next: the number of pairs jumps either way."""
+    system = harness.make_system("~64", torch.float64)
+    assert system.label == "changing-64" and len(system.parts) == len(harness.CHANGING)
+    counts = [brute_count(part) for part in system.parts]
+    assert counts[0] == min(counts) and counts[1] == max(counts) > 3 * counts[0] and counts[2] < counts[3]
+    calls = []
+
+    def run(positions, cell, part, with_vectors):
+        calls.append(part)
+        return torch.zeros(2, 0), None, positions[:0] + cell[:0]
+
+    assert peers.LIBRARIES["nvalchemi"].view(system).parts[1].cell.shape == (1, 3, 3)
+    for step, prepare in peers.STEPS.items():
+        call = prepare(run, system)
+        calls.clear()
+        call()
+        assert [part.cell[0, 0] for part in calls] == [
+            part.cell[0, 0] for part in system.parts if step != "backward"
+        ]
+
+
+def test_the_bound_of_neighbours_is_tight_and_suffices():
+    for size in ("10648", "8x125", "~1000"):
+        for part in harness.make_system(size, torch.float32).parts:
+            pairs = diffnl.neighbor_pairs(
+                part.positions, part.cell, part.pbc, harness.CUTOFF, part.system_idx
+            )
+            most = int(pairs.mapping[0].bincount().max())
+            assert most <= peers.MAX_NEIGHBORS
+        if "~" not in size:
+            assert peers.MAX_NEIGHBORS < 1.2 * most
+
+
+def test_a_peer_with_plain_vectors_gets_its_better_way_in_each_step(tmp_path, monkeypatch, capsys):
+    """The row has the least time, says whose it is, and keeps both; of a changing box times are a list's."""
+    monkeypatch.setitem(peers.LIBRARIES, "plain", peers.Library(peers._diffnl, "plain", plain=True))
+    milliseconds = {
+        "list": {"diffnl/own": 8.0, "plain/index_select": 16.0},
+        "vectors": {"diffnl/own": 8.0, "plain/index_select": 20.0, "plain/indexing": 30.0},
+        "backward": {"diffnl/own": 8.0, "plain/index_select": 40.0, "plain/indexing": 10.0},
+        "train": {"diffnl/own": 8.0, "plain/index_select": 24.0, "plain/indexing": 48.0},
+    }
+    steps = iter(2 * list(peers.STEPS))
+
+    def clock(calls, device, budget):
+        times = milliseconds[next(steps)]
+        assert list(calls) == list(times)
+        return {entry: [time / 1e3] for entry, time in times.items()}, {}
+
+    monkeypatch.setattr(neighbors, "time_in_turns", clock)
+    _, record = run_neighbors(tmp_path, "--sizes", "27,~27", "--peers", "plain")
+    own, plain, _, changing = record["rows"]
+    assert [plain[f"{step}_ms"] for step in peers.STEPS] == pytest.approx([16.0, 20.0, 10.0, 24.0])
+    assert plain["train_ways"] == pytest.approx({"index_select": 24.0, "indexing": 48.0})
+    ways = [tables.fastest_way(plain, step) for step in ("vectors", "backward", "train")]
+    assert ways == ["index_select", "indexing", "index_select"]
+    assert changing["system"] == "changing-27" and changing["list_ms"] == pytest.approx(16.0 / 4)
+    assert own["train_ways"] == pytest.approx({peers.OWN: 8.0}) and tables.chosen_ways(own) is None
+    words = (
+        "plain: vectors by index_select (indexing: 1.50x), backward by indexing (index_select: 4.00x), train"
+    )
+    assert words in capsys.readouterr().out
 
 
 def test_json_holds_a_row_for_each_system_and_library(tmp_path, capsys):
@@ -184,8 +250,8 @@ def test_peak_memory_sees_what_was_freed_again():
 
 
 def test_peak_memory_of_a_step_in_a_fresh_process():
-    settings = {"dtype": torch.float32, "device": "cpu", "gather": "index_select", "seed": 0, "threads": 1}
-    peaks = peers.peak_memory("diffnl", ["vectors"], "1000", **settings)
+    settings = {"dtype": torch.float32, "device": "cpu", "seed": 0, "threads": 1}
+    peaks = peers.peak_memory("diffnl", {"vectors": peers.OWN}, "1000", **settings)
     if peaks["vectors"] is None:
         pytest.skip("the kernel does not reset the high-water mark")
     system = harness.make_system("1000", torch.float32)
@@ -224,7 +290,8 @@ def test_scaling_is_relative_to_the_size_nearest_ten_thousand(tmp_path):
 
 def test_a_gpu_run_has_its_own_rows():
     options = neighbors.parse(["--device", "cuda"])
-    assert options.systems == ["1000", "10648", "97336", "1000000", "512x27", "512x64", "32x1000"]
+    boxes = ["1000", "10648", "97336", "1000000", "~1000", "~10648"]
+    assert options.systems == [*boxes, "512x27", "512x64", "32x1000"]
     assert {"nvalchemi", "nvalchemi-cell", "nvalchemi-tile", "vesin", "vesin-torch"} <= set(options.peers)
     assert options.extras and options.large
     assert not neighbors.parse(["--device", "cuda", "--dtype", "float64"]).large
