@@ -315,6 +315,15 @@ def energy(value: Tensor, num_systems: int | None) -> Tensor:
     return t
 
 
+def depends_on_positions(gradient: Tensor | None, positions: Tensor) -> None:
+    """Autograd's gradient of the energy by `positions` is there, or there are no atoms."""
+    if gradient is None and positions.shape[0] > 0:
+        raise ValueError(
+            "`energy` must depend on `positions`; got one that was computed without that tensor: pass the "
+            "very tensor the energy was computed from, not a copy made before or after (detach, clone, to)"
+        )
+
+
 def ends_in(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     t = _tensor(name, value)
     if tuple(t.shape[-len(shape) :]) != shape:

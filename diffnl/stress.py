@@ -1,7 +1,12 @@
 """Forces and stress of an energy, the strain that defines the stress, and the conventions of other codes.
 
 The stress of diffnl is ASE's: sigma = (1/V) dE/d(eps), (3, 3), energy / length^3, positive under tension.
+
+Products of 3 x 3 matrices are written as products of numbers and sums: torch runs matrix products in bfloat16
+or float16 under `torch.autocast`, and in TF32 after `torch.set_float32_matmul_precision("high")`.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -20,6 +25,8 @@ def strained(
 ) -> tuple[Tensor, Tensor]:
     """Positions and cell under a homogeneous strain: r -> r (1 + eps), h -> h (1 + eps).
 
+    The same bits under `torch.autocast` and with any precision of float32 matrix products.
+
     Args:
         positions: (N, 3), any length unit.
         cell: (3, 3) or (B, 3, 3), rows are lattice vectors.
@@ -32,11 +39,9 @@ def strained(
     positions = _validate.positions(positions)
     system_idx = _validate.system_of_atom(system_idx, _validate.cell(cell, positions), positions)
     eps = _validate.strain(strain, cell)
-    if system_idx is None:
-        moved = positions @ eps.reshape(3, 3)
-    else:
-        moved = (positions.unsqueeze(1) @ eps[system_idx]).squeeze(1)
-    return positions + moved, cell + cell @ eps
+    of_atom = eps.reshape(3, 3) if system_idx is None else eps[system_idx]
+    moved = (positions.unsqueeze(-1) * of_atom).sum(-2)
+    return positions + moved, cell + (cell.unsqueeze(-1) * eps.unsqueeze(-3)).sum(-2)
 
 
 def forces_and_stress(
@@ -49,46 +54,61 @@ def forces_and_stress(
 ) -> tuple[Tensor, Tensor | None]:
     """Forces -dE/dr and the stress of an energy.
 
-    sigma = (1/V) dE/d(eps) = sym(sum_i r_i (x) dE/dr_i + h^T dE/dh) / |det h|, where the strain eps acts as
-    r -> r (1 + eps), h -> h (1 + eps). Positive under tension, ASE's sign; virial = -V sigma. The formula is
-    the chain rule of that map at eps = 0 (Knuth et al., Comput. Phys. Commun. 190, 33 (2015), eq. 1).
+    sigma = (1/V) dE/d(eps) = sym(sum_i (r_i - c) (x) dE/dr_i + h^T dE/dh) / |det h|, where the strain eps
+    acts as r -> c + (r - c) (1 + eps), h -> h (1 + eps), and c is the mean position of the system's atoms.
+    Positive under tension, ASE's sign; virial = -V sigma. The formula is the chain rule of that map at
+    eps = 0 (Knuth et al., Comput. Phys. Commun. 190, 33 (2015), eq. 1).
+
+    An energy that does not depend on the origin has sum_i dE/dr_i = 0, so that c falls out of the sum.
+    Measured from c, float32 keeps its digits however far from the origin the atoms are. For an energy that
+    depends on the origin, such as that of an external field, the stress is the derivative by a strain about
+    c. Derivatives of the stress hold c fixed.
+
+    Each gradient is taken with the other input held fixed: positions that were computed from the cell, such
+    as fractional @ cell, have the same stress as positions that were not. While the gradients are taken,
+    nothing flows from `positions` or `cell` to what they were computed from: no other thread may meanwhile
+    differentiate through these two. The result is the same bits under `torch.autocast` and with any precision
+    of float32 matrix products, if the energy is.
 
     Args:
         energy: () or (B,), computed from `positions` and `cell` with gradients enabled.
-        positions: (N, 3), requires a gradient.
-        cell: (3, 3) or (B, 3, 3), requires a gradient. None: no stress.
+        positions: (N, 3), requires a gradient: the tensor that the energy was computed from, not a copy.
+        cell: (3, 3) or (B, 3, 3), requires a gradient. None: no stress. An energy that does not depend on
+            the cell, as with minimum images made by hand, has a dE/dh of zero.
         system_idx: (N,) integer, the system of each atom; needed for a (B, 3, 3) `cell` with B > 1. Its
             values are checked, which waits for a GPU; not where a call is compiled, traced or captured.
         create_graph: keep the graph, to train on forces and stresses or to differentiate further.
 
     Returns:
         forces (N, 3), energy / length; stress of the shape of `cell`, energy / length^3 (None without a
-        cell). A cell without volume has no stress: its entries are NaN or infinite.
+        cell). A system without a volume, |det h| = 0, has no stress: its entries are NaN, and their gradients
+        are zeros, so that a batch may mix crystals with molecules.
 
     Raises:
-        ValueError: an input without a gradient, or of the wrong shape.
+        ValueError: an input without a gradient, or of the wrong shape; an energy that does not depend on
+            `positions`.
         TypeError: wrong types or dtypes.
     """
     positions = _validate.requires_grad("positions", _validate.positions(positions))
     if cell is None:
         system_idx = _validate.system_idx(system_idx, positions)
         energy = _validate.energy(energy, None)
-        (grad,) = _gradients(energy, (positions,), create_graph)
-        return -grad, None
+        return -_gradients(energy, positions, None, create_graph)[0], None
 
     _validate.requires_grad("cell", _validate.cell(cell, positions))
     system_idx = _validate.system_of_atom(system_idx, cell, positions)
     energy = _validate.energy(energy, _validate.num_systems(cell))
-    grad_positions, grad_cell = _gradients(energy, (positions, cell), create_graph)
+    grad_positions, grad_cell = _gradients(energy, positions, cell, create_graph)
     with torch.set_grad_enabled(create_graph):
+        outer = _outer(_from_center(positions, cell, system_idx), grad_positions)
         if system_idx is None:
-            from_positions = (positions.mT @ grad_positions).expand_as(cell)
+            strain_gradient = outer.sum(0).expand_as(cell)
         else:
-            outer = positions.unsqueeze(2) * grad_positions.unsqueeze(1)
             # index_put adds up in a fixed order; index_add uses float atomics on a GPU.
-            from_positions = torch.zeros_like(cell).index_put((system_idx,), outer, accumulate=True)
-        strain_gradient = from_positions + cell.mT @ grad_cell
-        return -grad_positions, 0.5 * (strain_gradient + strain_gradient.mT) / _volumes(cell)
+            strain_gradient = torch.zeros_like(cell).index_put((system_idx,), outer, accumulate=True)
+        if grad_cell is not None:
+            strain_gradient = strain_gradient + _outer(cell, grad_cell).sum(-3)
+        return -grad_positions, _per_volume(0.5 * (strain_gradient + strain_gradient.mT), cell)
 
 
 def to_voigt(stress: Tensor) -> Tensor:
@@ -157,21 +177,93 @@ def to_virial(stress: Tensor, cell: Tensor) -> Tensor:
         ValueError: a stress that is not of the shape of `cell`.
     """
     _validate.shape_of_cell("stress", stress, cell)
-    return -_volumes(cell) * stress
+    volume, exists = _volumes(cell)
+    return torch.where(exists, -volume * torch.where(exists, stress, 0.0), math.nan)
 
 
 def from_virial(virial: Tensor, cell: Tensor) -> Tensor:
     """The stress -virial / V, positive under tension; see `to_virial`."""
     _validate.shape_of_cell("virial", virial, cell)
-    return -virial / _volumes(cell)
+    return _per_volume(-virial, cell)
 
 
-def _volumes(cell: Tensor) -> Tensor:
-    """|det h|, (..., 1, 1)."""
-    return torch.linalg.det(cell).abs()[..., None, None]
+def _volumes(cell: Tensor) -> tuple[Tensor, Tensor]:
+    """|det h| = |a . (b x c)| and whether it is above 0, (..., 1, 1)."""
+    a, b, c = cell.unbind(-2)
+    volume = (a * torch.linalg.cross(b, c)).sum(-1).abs()[..., None, None]
+    return volume, volume > 0
 
 
-def _gradients(energy: Tensor, inputs: tuple[Tensor, ...], create_graph: bool) -> tuple[Tensor, ...]:
-    """Gradients of the sum of the energies. The sum is not taken: under no_grad it would have no graph."""
-    ones = torch.ones_like(energy)
-    return torch.autograd.grad(energy, inputs, ones, create_graph=create_graph, materialize_grads=True)
+def _per_volume(values: Tensor, cell: Tensor) -> Tensor:
+    """`values` / V, (..., 3, 3), NaN without a volume."""
+    volume, exists = _volumes(cell)
+    # Masked on both sides of the division: its derivative at a volume of 0 is infinite, and 0 times that NaN.
+    return torch.where(exists, values / torch.where(exists, volume, 1.0), math.nan)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """(..., 3), (..., 3) -> (..., 3, 3), row by row."""
+    return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+def _from_center(positions: Tensor, cell: Tensor, system_idx: Tensor | None) -> Tensor:
+    """Positions from the mean position of each system, (N, 3); the mean is a constant."""
+    if system_idx is None:
+        return positions - positions.detach().mean(0, dtype=torch.float64).to(positions.dtype)
+    each = torch.nn.functional.pad(positions.detach().double(), (0, 1), value=1.0)  # x, y, z and 1, to count
+    sums = each.new_zeros(len(cell), 4).index_put((system_idx,), each, accumulate=True)
+    centers = sums[:, :3] / sums[:, 3:]  # NaN for a system without atoms
+    return positions - centers.to(positions.dtype)[system_idx]
+
+
+def _gradients(
+    energy: Tensor, positions: Tensor, cell: Tensor | None, create_graph: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the sum of the energies by `positions` and by `cell`, each with the other held fixed.
+
+    The second is None where the energy does not depend on the cell. The sum is not taken: under no_grad it
+    would have no graph.
+    """
+    inputs = (positions,) if cell is None else (positions, cell)
+    options = dict(create_graph=create_graph, allow_unused=True)
+    if torch.compiler.is_dynamo_compiling():
+        found = _gradients_in_a_compiled_graph(energy, inputs, options)
+    else:
+        hooks = [_cut(t) for t in inputs if not t.is_leaf] if len(inputs) > 1 else []
+        try:
+            found = torch.autograd.grad(energy, inputs, torch.ones_like(energy), **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    _validate.depends_on_positions(found[0], positions)
+    grad_positions = torch.zeros_like(positions) if found[0] is None else found[0]
+    return grad_positions, found[1] if len(found) > 1 else None
+
+
+def _cut(t: Tensor):
+    """Until the handle is removed, no gradient flows from `t` to what it was computed from.
+
+    torch.autograd.grad takes the gradient of an input before the prehooks of the node that made it run.
+    """
+    output = t.output_nr
+
+    def prehook(gradients):
+        return (*gradients[:output], None, *gradients[output + 1 :])
+
+    return t.grad_fn.register_prehook(prehook)
+
+
+def _gradients_in_a_compiled_graph(energy: Tensor, inputs: tuple[Tensor, ...], options: dict):
+    """As with `_cut`, which Dynamo cannot trace: the part through the other input is subtracted."""
+    found = torch.autograd.grad(energy, inputs, torch.ones_like(energy), retain_graph=True, **options)
+    if len(inputs) == 1 or all(t.is_leaf for t in inputs):
+        return found
+    result = []
+    for own, other in ((0, 1), (1, 0)):
+        through = None
+        if found[own] is not None and found[other] is not None:
+            (through,) = torch.autograd.grad(
+                inputs[other], inputs[own], found[other], retain_graph=True, **options
+            )
+        result.append(found[own] if through is None else found[own] - through)
+    return tuple(result)

@@ -159,6 +159,7 @@ class _Checker:
         # Five points reach two steps to each side; a unit step of two atoms changes their distance by two.
         step = _gap_to_cutoff(frame, pbc, cutoff) / 5
         self.step = min(max(step, SMALLEST_STEP * cutoff), LARGEST_STEP * cutoff)
+        # In float64, as all that is checked: torch lowers the precision of no product of these.
         volume = 0.0 if frame.cell is None else float(torch.linalg.det(frame.cell).abs())
         self.volume = volume or None
         self.here = self.answer(frame)
@@ -206,10 +207,9 @@ class _Checker:
         energy, own = self.evaluate(positions, cell, frame.per_atom)
         if own:
             forces, stress = own
-        elif energy.requires_grad:
-            forces, stress = forces_and_stress(energy, positions, cell)
-        else:  # A constant, as far as autograd can tell.
-            forces, stress = torch.zeros_like(positions), None if cell is None else torch.zeros_like(cell)
+        else:
+            # A constant, as far as autograd can tell, has no forces, and the report says where that is wrong.
+            forces, stress = forces_and_stress(energy + 0.0 * positions.sum(), positions, cell)
         stress = None if stress is None or self.volume is None else stress.detach().reshape(3, 3)
         return _Answer(energy.detach(), forces.detach(), stress)
 

@@ -195,13 +195,6 @@ def test_graph_is_kept_only_where_asked_for(device):
     assert positions.grad is None and cell.grad is None
 
 
-def test_energy_that_depends_on_one_input_alone(device):
-    positions, cell, _ = system(False, device)
-    forces, stress = diffnl.forces_and_stress(torch.linalg.det(cell), positions, cell)
-    assert torch.equal(forces, torch.zeros_like(forces))
-    torch.testing.assert_close(stress, torch.eye(3, dtype=cell.dtype, device=device))
-
-
 def test_under_no_grad_an_energy_with_a_graph_still_has_forces_and_stress(device):
     positions = torch.zeros(1, 3, dtype=torch.float64, device=device, requires_grad=True)
     eye = torch.eye(3, dtype=torch.float64, device=device)
