@@ -64,8 +64,11 @@ def _call(operator, *args):
     diffnl/autograd.py are there for that, and asking twice would cost microseconds."""
     if torch.compiler.is_compiling():
         return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+    except NotImplementedError as error:
+        raise _validate.no_backend(*args) from error
 
 
 def _call_on(operator, positions: Tensor, cell: Tensor | None, *args):

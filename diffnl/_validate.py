@@ -1,16 +1,17 @@
 """Checks of arguments, one small function each, and every message a user can meet.
 
-Each message names the argument in backticks, says what it must be, and what it got. What only the data can
-tell (finite, in range, singular) is found by the search itself; `raise_data_error` gives it words.
+Each message names the argument in backticks, says what it must be, what it got, and where that can be guessed
+what to write (`_advice`). Options and `pbc` have files of their own. What only the data can tell (finite, in
+range, singular) is found by the search itself; `raise_data_error` gives it words.
 """
 
-import math
 import re
-from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+
+from . import _advice
 
 FLOATS = (torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -22,75 +23,32 @@ def _shape(t: Tensor) -> str:
 
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}")
+        advice = _advice.for_object(name, value)
+        raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}{advice}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"`{name}` must be a dense tensor; got {value.layout}: give {name}.to_dense()")
     return value
 
 
-def cutoff(value: float) -> float:
-    """A finite length > 0, as a Python float."""
-    if isinstance(value, bool | str | bytes):
-        raise TypeError(f"`cutoff` must be a number; got {value!r} of type {type(value).__name__}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"`cutoff` must be a number; got {type(value).__name__}") from error
-    if not math.isfinite(number) or number <= 0.0:
-        raise ValueError(f"`cutoff` must be finite and > 0; got {number}")
-    return number
+def _wrong_dtype(name: str, expected: str, t: Tensor) -> TypeError:
+    return TypeError(f"`{name}` must {expected}; got {t.dtype}{_advice.for_dtype(name, t)}")
 
 
-def cutoffs(value: float | Sequence[float]) -> float | tuple[float, ...]:
-    """A cutoff, or several in a sequence that is not empty."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        return cutoff(value)
-    if len(value) == 0:
-        raise ValueError("`cutoff` must be a number or several; got an empty sequence")
-    return tuple(cutoff(one) for one in value)
-
-
-def skin(value: float) -> float:
-    """A finite length >= 0, as a Python float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`skin` must be a number; got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"`skin` must be finite and >= 0; got {value}")
-    return float(value)
-
-
-def one_list(cutoff: float | tuple, capacity: int | None) -> None:
-    if isinstance(cutoff, tuple) and capacity is not None:
-        raise ValueError(
-            f"`capacity` must be None where there are several cutoffs; got {capacity} for {len(cutoff)}"
-        )
-
-
-def capacity(value: int | None) -> int | None:
-    """An integer >= 0, or None."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"`capacity` must be an integer; got {value!r} of type {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"`capacity` must be >= 0; got {value}")
-    return value
-
-
-def slack(value: float) -> float:
-    """A finite share >= 0, as a Python float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`slack` must be a number; got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"`slack` must be finite and >= 0; got {value}")
-    return float(value)
+def _integers(name: str, value: Tensor) -> Tensor:
+    t = _tensor(name, value)
+    if t.dtype not in INTEGERS:
+        raise _wrong_dtype(name, "have an integer dtype", t)
+    return t
 
 
 def positions(value: Tensor) -> Tensor:
     """(N, 3), float32 or float64."""
     t = _tensor("positions", value)
     if t.dtype not in FLOATS:
-        raise TypeError(f"`positions` must be float32 or float64; got {t.dtype}")
+        raise _wrong_dtype("positions", "be float32 or float64", t)
     if t.ndim != 2 or t.shape[1] != 3:
-        raise ValueError(f"`positions` must have shape (N, 3); got {_shape(t)}")
+        advice = _advice.for_shape("positions", t)
+        raise ValueError(f"`positions` must have shape (N, 3); got {_shape(t)}{advice}")
     return t
 
 
@@ -98,9 +56,13 @@ def cell(value: Tensor, like: Tensor) -> Tensor:
     """(3, 3) or (B, 3, 3), dtype and device of `positions`."""
     t = _tensor("cell", value)
     if t.dtype != like.dtype:
-        raise TypeError(f"`cell` must have the dtype of `positions`, {like.dtype}; got {t.dtype}")
+        raise TypeError(
+            f"`cell` must have the dtype of `positions`, {like.dtype}; got {t.dtype}: give "
+            "cell.to(positions.dtype)"
+        )
     if t.ndim not in (2, 3) or t.shape[-2:] != (3, 3):
-        raise ValueError(f"`cell` must have shape (3, 3) or (B, 3, 3); got {_shape(t)}")
+        advice = _advice.for_shape("cell", t)
+        raise ValueError(f"`cell` must have shape (3, 3) or (B, 3, 3); got {_shape(t)}{advice}")
     same_device("cell", t, like)
     return t
 
@@ -108,7 +70,7 @@ def cell(value: Tensor, like: Tensor) -> Tensor:
 def double(name: str, t: Tensor) -> Tensor:
     """float64: finite differences need the digits."""
     if t.dtype != torch.float64:
-        raise TypeError(f"`{name}` must be float64; got {t.dtype}")
+        raise TypeError(f"`{name}` must be float64; got {t.dtype}: give {name}.double()")
     return t
 
 
@@ -144,45 +106,17 @@ def num_systems(cell: Tensor) -> int:
 
 def same_device(name: str, t: Tensor, like: Tensor) -> None:
     if t.device != like.device:
-        raise ValueError(f"`{name}` must be on the device of `positions`, {like.device}; got {t.device}")
-
-
-def pbc(value: bool | Sequence[bool] | Tensor | None, like: Tensor) -> Tensor:
-    """Three flags, or (B, 3); returned as a bool tensor (3,) or (B, 3) on the device of `positions`."""
-    if value is None or isinstance(value, bool):
-        return torch.full((3,), bool(value), device=like.device)
-    if isinstance(value, Tensor):
-        if value.dtype != torch.bool:
-            raise TypeError(f"`pbc` must be a bool tensor; got {value.dtype}")
-        same_device("pbc", value, like)
-        if value.ndim == 0:
-            return value.expand(3)
-        if value.ndim > 2 or value.shape[-1] != 3:
-            raise ValueError(f"`pbc` must have shape (3,) or (B, 3); got {_shape(value)}")
-        return value
-    if isinstance(value, Sequence) or (hasattr(value, "__array__") and getattr(value, "ndim", 0) > 0):
-        flags = list(value)
-        if len(flags) != 3:
-            raise ValueError(f"`pbc` must be one flag or three; got {len(flags)} of them")
-    else:
-        flags = [value] * 3
-    if any(str(getattr(flag, "dtype", type(flag).__name__)) != "bool" for flag in flags):
-        raise TypeError(f"`pbc` must be a bool, three bools or a bool tensor; got {value!r}")
-    # Fills, not a copy from the host: that would wait for the device, and no graph could capture it.
-    axes = torch.zeros((3,), dtype=torch.bool, device=like.device)
-    for axis, flag in zip(axes, flags, strict=True):
-        if flag:
-            axis.fill_(True)
-    return axes
+        raise ValueError(
+            f"`{name}` must be on the device of `positions`, {like.device}; got {t.device}: give "
+            f"{name}.to(positions.device)"
+        )
 
 
 def system_idx(value: Tensor | None, like: Tensor) -> Tensor | None:
     """(N,), any integer dtype; returned as int64."""
     if value is None:
         return None
-    t = _tensor("system_idx", value)
-    if t.dtype not in INTEGERS:
-        raise TypeError(f"`system_idx` must have an integer dtype; got {t.dtype}")
+    t = _integers("system_idx", value)
     if t.ndim != 1 or t.shape[0] != like.shape[0]:
         raise ValueError(f"`system_idx` must have shape (N,) = ({like.shape[0]},); got {_shape(t)}")
     same_device("system_idx", t, like)
@@ -198,6 +132,11 @@ def systems(
     largest `system_idx`, or 1. Unless it `may_wait` for the device, it does not look: a `pbc` that is true
     without a cell is then a singular cell, which the search finds.
     """
+    if may_wait and positions.is_meta and not is_traced():
+        raise ValueError(
+            "`positions` must have values, which decide how many pairs there are; got a tensor on the meta "
+            "device: a list with a `capacity` has shapes without them"
+        )
     if cell is None:
         if may_wait and bool(pbc.any()):
             raise ValueError("`cell` must be given where `pbc` is true; got None")
@@ -266,28 +205,32 @@ def has_values(t: Tensor) -> bool:
 
 def mapping(value: Tensor, like: Tensor) -> Tensor:
     """(2, P), any integer dtype; returned as int64."""
-    t = _tensor("mapping", value)
-    if t.dtype not in INTEGERS:
-        raise TypeError(f"`mapping` must have an integer dtype; got {t.dtype}")
+    t = _integers("mapping", value)
     if t.ndim != 2 or t.shape[0] != 2:
         raise ValueError(f"`mapping` must have shape (2, P); got {_shape(t)}")
     same_device("mapping", t, like)
     return t.to(torch.int64)
 
 
-def shifts(value: Tensor, mapping: Tensor) -> Tensor:
-    """(P, 3), any integer dtype with values that fit int32; returned as int32."""
-    t = _tensor("shifts", value)
-    if t.dtype not in INTEGERS:
-        raise TypeError(f"`shifts` must have an integer dtype; got {t.dtype}")
+def shifts(value: Tensor, mapping: Tensor) -> tuple[Tensor, Tensor]:
+    """(P, 3), any integer dtype with values that fit int32; returned as int32, with the `mapping` for it.
+
+    Where nobody may look at the values, a pair whose shift does not fit gets atom numbers that are out of
+    range, and so the fate of such pairs: NaN on a GPU.
+    """
+    t = _integers("shifts", value)
     if t.ndim != 2 or t.shape != (mapping.shape[1], 3):
         raise ValueError(f"`shifts` must have shape (P, 3) = ({mapping.shape[1]}, 3); got {_shape(t)}")
     same_device("shifts", t, mapping)
-    if t.dtype == torch.int64 and t.numel() > 0:
-        largest = int(t.abs().max())
-        if largest > torch.iinfo(torch.int32).max or largest < 0:
-            raise ValueError(f"`shifts` must fit int32; got a value of magnitude {abs(largest)}")
-    return t.to(torch.int32)
+    fitting = t.to(torch.int32)
+    if t.dtype != torch.int64:
+        return fitting, mapping
+    if t.device.type != "cpu" or not has_values(t):
+        return fitting, mapping.masked_fill((fitting != t).any(1), -1)
+    if not torch.equal(fitting.to(torch.int64), t):
+        pair = int((fitting != t).any(1).nonzero()[0])
+        raise ValueError(f"`shifts` must fit int32; got {t[pair].tolist()} in pair {pair}")
+    return fitting, mapping
 
 
 def strain(value: Tensor, cell: Tensor) -> Tensor:
@@ -422,6 +365,28 @@ def overflow(num_pairs: int, capacity: int) -> ValueError:
     return ValueError(
         "`capacity` must be at least the number of pairs, or with a skin on a GPU what leaves room for its "
         f"candidates, {num_pairs}; got {capacity}"
+    )
+
+
+def no_backend(*tensors: Tensor | None) -> ValueError:
+    devices = sorted({str(t.device) for t in tensors if isinstance(t, Tensor)})
+    return ValueError(
+        "`positions` must be on a device that this build of diffnl has kernels for, see diffnl.build_info(); "
+        f"got tensors on {', '.join(devices)}: move them, or build diffnl against this torch, see its README"
+    )
+
+
+def not_in_compiled_transforms() -> NotImplementedError:
+    return NotImplementedError(
+        "a list inside torch.compile cannot be differentiated by torch.func: differentiate with "
+        "torch.autograd.grad there, see docs/compile.md, or leave torch.func.grad uncompiled"
+    )
+
+
+def not_scriptable() -> TypeError:
+    return TypeError(
+        "NeighborList cannot be compiled by torch.jit.script: export the model with torch.export, as "
+        "examples/deploy does, or compile it with torch.compile"
     )
 
 

@@ -33,6 +33,8 @@ class _Operator(Function):
     @classmethod
     def call(cls, *args):
         if torch.compiler.is_compiling():
+            if transforms_active():
+                raise _validate.not_in_compiled_transforms()
             return cls.forward(*args)  # whose operator a compiler can differentiate by itself: see below
         if transforms_active():
             return cls.apply(*args)

@@ -1,12 +1,14 @@
 """The neighbour list as a layer: options in, pairs out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from . import _ops, _validate
+from . import _ops, _options, _pbc, _validate
 from .autograd import (
     Found,
     LinkedPaddedSearch,
@@ -32,6 +34,7 @@ def neighbor_pairs(
     full: bool = True,
     sorted: bool = False,
     capacity: int | None = None,
+    **unknown: object,
 ) -> Pairs | PaddedPairs | tuple[Pairs, ...]:
     """All pairs of atoms, through all periodic images, closer than a cutoff.
 
@@ -45,7 +48,8 @@ def neighbor_pairs(
         positions: (N, 3) float32 or float64, any length unit. Atoms may lie outside the cell.
         cell: (3, 3), or (B, 3, 3) for B systems; same dtype. Rows are lattice vectors, of any shape and
             handedness. None: no periodicity.
-        pbc: which axes are periodic: a bool, three bools, or a bool tensor (3,) or (B, 3). None: none.
+        pbc: which axes are periodic: a bool, three bools or integers 0 and 1, or a tensor of these, (3,) or
+            (B, 3); integers in a tensor are looked at, which waits for a GPU. None without a cell only.
         cutoff: > 0, in the unit of `positions`; may be many times the cell. Several in a sequence: one
             search makes a list for each.
         system_idx: (N,) integer, the system of each atom, in any order; systems may be empty. None: one.
@@ -53,26 +57,32 @@ def neighbor_pairs(
             the one whose S is lexicographically positive.
         sorted: order each row by (j, S). Rows are always in ascending order of i.
         capacity: return `PaddedPairs` with room for so many pairs, >= 0, without waiting for the device. What
-            only the data can tell is then not raised here, but makes all vectors NaN: see `PaddedPairs`.
+            only the data can tell is then not raised here, but makes all vectors NaN, and `ok` for the energy
+            to be multiplied with: see `PaddedPairs`.
             `estimate_capacity` helps to choose.
+
+    Options are Python numbers and bools, NumPy scalars or 0-dimensional tensors.
 
     Returns:
         The pairs. The same input on the same device gives the same bits. For several cutoffs a tuple of
         `Pairs` in their order, each differentiable by itself.
 
     Raises:
-        ValueError: wrong shapes, devices or values; NaN or infinity; a singular cell on a periodic axis.
+        ValueError: wrong shapes, devices or values; NaN or infinity; a singular cell on a periodic axis; a
+            cell without `pbc`; a cutoff that requires a gradient, in which a list is not differentiable.
         TypeError: wrong types or dtypes.
     """
+    if unknown:
+        _options.unexpected(unknown, "neighbor_pairs")
     return _find(
         positions,
         cell,
         pbc,
         system_idx,
-        _validate.cutoffs(cutoff),
-        bool(full),
-        bool(sorted),
-        _validate.capacity(capacity),
+        _options.cutoffs(cutoff),
+        _options.flag("full", full),
+        _options.flag("sorted", sorted),
+        _options.capacity(capacity),
     )
 
 
@@ -98,8 +108,17 @@ class NeighborList(nn.Module):
 
     Raises:
         ValueError, TypeError: a cutoff that is not a finite number > 0, a capacity not an integer >= 0, a
-            skin not a finite number >= 0; a capacity for several cutoffs.
+            skin not a finite number >= 0; `full` or `sorted` not a bool; a capacity for several cutoffs. Also
+            when one of them is assigned later.
     """
+
+    _CHECKS: ClassVar[dict[str, Callable]] = {
+        "cutoff": _options.cutoffs,
+        "full": partial(_options.flag, "full"),
+        "sorted": partial(_options.flag, "sorted"),
+        "capacity": _options.capacity,
+        "skin": _options.skin,
+    }
 
     def __init__(
         self,
@@ -111,13 +130,23 @@ class NeighborList(nn.Module):
         skin: float = 0.0,
     ):
         super().__init__()
-        self.cutoff = _validate.cutoffs(cutoff)
-        self.full = bool(full)
-        self.sorted = bool(sorted)
-        self.capacity = _validate.capacity(capacity)
-        _validate.one_list(self.cutoff, self.capacity)
-        self.skin = _validate.skin(skin)
+        self.cutoff = cutoff
+        self.full = full
+        self.sorted = sorted
+        self.capacity = capacity
+        self.skin = skin
         self._kept = Skin()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Options are checked whenever they are set, so that no call has to."""
+        if name in self._CHECKS:
+            value = self._CHECKS[name](value)
+            options = {"cutoff": 0.0, "capacity": None} | self.__dict__ | {name: value}
+            _options.one_list(options["cutoff"], options["capacity"])
+        super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise _validate.not_scriptable()
 
     @property
     def searches(self) -> int:
@@ -133,8 +162,14 @@ class NeighborList(nn.Module):
         cell: Tensor | None = None,
         pbc: bool | Sequence[bool] | Tensor | None = None,
         system_idx: Tensor | None = None,
+        **unknown: object,
     ) -> Pairs | PaddedPairs | tuple[Pairs, ...]:
-        """The pairs of one system or a batch; see `neighbor_pairs` for shapes, dtypes and errors."""
+        """The pairs of one system or a batch; see `neighbor_pairs` for shapes, dtypes and errors.
+
+        Without a `cell`, for open boundaries, `pbc` may be left out.
+        """
+        if unknown:
+            _options.unexpected(unknown, "NeighborList")
         options = self.cutoff, self.full, self.sorted, self.capacity
         return _find(positions, cell, pbc, system_idx, *options, self.skin, self._kept)
 
@@ -168,12 +203,14 @@ def estimate_capacity(
             cutoff that grows by 7 % against the cell.
 
     Returns:
-        A number of pairs >= 256.
+        A number of pairs >= 256. A system may outgrow it later: `energy * pairs.ok` is NaN then, whatever the
+        model makes of a list that has failed, see `PaddedPairs`.
 
     Raises:
-        ValueError, TypeError: as `neighbor_pairs`; a skin or a slack that is not a finite number >= 0.
+        ValueError, TypeError: as `neighbor_pairs`; several cutoffs; a skin or a slack that is not a finite
+            number >= 0.
     """
-    slack, skin = _validate.slack(slack), _validate.skin(skin)
+    slack, skin, cutoff = _options.slack(slack), _options.skin(skin), _options.cutoff(cutoff)
 
     def count(cutoff: float) -> int:
         with torch.no_grad():
@@ -198,10 +235,10 @@ def _find(
     kept=None,
 ):
     """The pairs for options that are checked; `skin` and what is `kept` are those of a layer."""
-    _validate.one_list(cutoff, capacity)
+    _options.one_list(cutoff, capacity)
     positions = _validate.positions(positions)
     cell = None if cell is None else _validate.cell(cell, positions)
-    pbc = _validate.pbc(pbc, positions)
+    pbc = _pbc.flags(pbc, positions, cell)
     system_idx = _validate.system_idx(system_idx, positions)
     cell, pbc = _validate.systems(cell, pbc, system_idx, positions, may_wait=capacity is None)
     where = positions, cell, pbc, system_idx
@@ -264,7 +301,7 @@ def _closer(where, pairs: Pairs, cutoff: float) -> Pairs:
     """Those of the pairs within a shorter cutoff."""
     # One rounding an operation, as in the search.
     x, y, z = pairs.vectors.detach().square().unbind(1)
-    limit = torch.tensor(cutoff * cutoff, dtype=pairs.vectors.dtype)
+    limit = torch.tensor(cutoff * cutoff, dtype=pairs.vectors.dtype, device="cpu")
     (chosen,) = torch.nonzero((x + y) + z < limit, as_tuple=True)
     mapping, shifts = pairs.mapping[:, chosen], pairs.shifts[chosen]
     if torch.compiler.is_compiling():
@@ -307,21 +344,21 @@ def pair_vectors(
         positions: (N, 3) float32 or float64.
         cell: (3, 3) or (B, 3, 3), same dtype, rows are lattice vectors. None: the shifts do not matter.
         mapping: (2, P) integer, (i, j) of each pair, in any order.
-        shifts: (P, 3) integer S of each pair; values fit int32.
+        shifts: (P, 3) integer S of each pair; values in [-2**31, 2**31).
         system_idx: (N,) integer, the system of each atom; needed for more than one cell.
 
     Returns:
         (P, 3), dtype of `positions`; differentiable in `positions` and `cell` to every order.
 
     Raises:
-        ValueError: wrong shapes or devices; on the CPU an atom number outside [0, N) or a system outside
-            [0, B), which on a GPU gives that pair NaN instead: raising would mean waiting for the GPU.
+        ValueError: wrong shapes or devices; on the CPU an atom number outside [0, N), a system outside [0, B)
+            or a shift that does not fit. On a GPU such a pair gets NaN instead: raising would mean waiting.
         TypeError: wrong types or dtypes.
     """
     positions = _validate.positions(positions)
     cell = None if cell is None else _validate.cell(cell, positions)
     mapping = _validate.mapping(mapping, positions)
-    shifts = _validate.shifts(shifts, mapping)
+    shifts, mapping = _validate.shifts(shifts, mapping)
     system_idx = _validate.system_idx(system_idx, positions)
     if cell is None:
         shifts = system_idx = None

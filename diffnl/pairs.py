@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _validate
+from .autograd import transforms_active
 
 
 class _PairFields(NamedTuple):
@@ -26,19 +27,26 @@ class _WithDistances:
     def distances(self) -> Tensor:
         """(P,) |v|, in the length unit of the positions; computed on first use.
 
-        Differentiable, with zero first and second derivatives (instead of NaN) where v = 0.
+        Differentiable, with zero first and second derivatives (instead of NaN) where v = 0. Lengths whose
+        squares leave the dtype are as exact as others.
         """
-        if torch.compiler.is_compiling():
-            return _norm(self.vectors)  # a compiler finds out by itself what it has computed already
-        kept = self.__dict__.get("_distances")
-        # What was computed without a graph must not stand in for a differentiable value later.
-        usable = kept is not None and (
-            torch.is_inference_mode_enabled()
-            or not kept.is_inference()
-            and (kept.requires_grad or not (torch.is_grad_enabled() and self.vectors.requires_grad))
+        vectors = self.vectors
+        if torch.compiler.is_compiling() or vectors.is_inference():
+            # A compiler finds out by itself what it has computed already. Of what is made in inference mode
+            # nobody can tell whether it has been changed in place since.
+            return _norm(vectors)
+        of_version, version, kept = self.__dict__.get("_distances", (None, None, None))
+        usable = (
+            kept is not None
+            and of_version == vectors._version
+            and version == kept._version
+            # What was computed without a graph must not stand in for a differentiable value later.
+            and (kept.requires_grad or not (torch.is_grad_enabled() and vectors.requires_grad))
         )
         if not usable:
-            kept = self.__dict__["_distances"] = _norm(self.vectors)
+            kept = _norm(vectors)
+            if not kept.is_inference():
+                self.__dict__["_distances"] = vectors._version, kept._version, kept
         return kept
 
 
@@ -61,7 +69,9 @@ class PaddedPairs(_WithDistances, _PaddedFields):
     it, its gradient is 0.
 
     More than C pairs, or bad input, never pass for a list: all vectors of that call are NaN, and so are the
-    derivatives taken through them; `check()` says why.
+    derivatives taken through them; `check()` says why. A model can lose that NaN: torch.where(d < c, f(d), 0)
+    turns it into 0, and with C = 0 there is no vector to be NaN. So multiply the energy with `ok`, which is
+    NaN then too: `energy = energy * pairs.ok`.
 
     Attributes:
         mapping: (2, C) int64. Row 0 is i, the centre; row 1 is j, the neighbour. Valid indices in every slot.
@@ -70,6 +80,16 @@ class PaddedPairs(_WithDistances, _PaddedFields):
             with respect to positions and cell.
         num_pairs: () int64. P; more than C if more were needed; negative for bad input.
     """
+
+    @property
+    def ok(self) -> Tensor:
+        """() dtype of the vectors: 1, or NaN where the list has failed. On the device, without any wait.
+
+        For `energy = energy * pairs.ok`, which is NaN for a failed list, whatever the model does with vectors
+        that are NaN, and so are its gradients.
+        """
+        failed = (self.num_pairs < 0) | (self.num_pairs > self.shifts.shape[0])
+        return self.vectors.new_ones(()).masked_fill(failed, torch.nan)
 
     @property
     def mask(self) -> Tensor:
@@ -83,6 +103,8 @@ class PaddedPairs(_WithDistances, _PaddedFields):
 
         Waits for the device; call it as often as you like to wait. Returns the pairs themselves.
         """
+        if self.num_pairs.is_meta:
+            raise ValueError("`check()` must have values to look at; got a list on the meta device")
         num_pairs, capacity = int(self.num_pairs), self.shifts.shape[0]
         if num_pairs > capacity:
             raise _validate.overflow(num_pairs, capacity)
@@ -96,8 +118,26 @@ class PaddedPairs(_WithDistances, _PaddedFields):
         return self
 
 
+# Squares between the first two keep all their digits, and so does what a backward makes of them. The third is
+# a power of two that takes the lengths below there, subnormal ones included; its inverse takes those above.
+_SQUARES = {
+    torch.float32: (2.0**-100, 2.0**120, 2.0**80),
+    torch.float64: (2.0**-960, 2.0**1000, 2.0**700),
+}
+
+
 def _norm(vectors: Tensor) -> Tensor:
-    squared = vectors.square().sum(-1)
+    """(P,) the square root of (x² + y²) + z², with vectors that are too short or too long for that scaled."""
+    smallest, largest, factor = _SQUARES[vectors.dtype]
+    if vectors.device.type == "cpu" and _validate.has_values(vectors) and not transforms_active():
+        squared = vectors.square().sum(-1)
+        low, high = torch.aminmax(squared.detach()) if squared.shape[0] > 0 else (1.0, 1.0)
+        if low >= smallest and high <= largest:
+            return squared.sqrt()
+    squared = vectors.detach().square().sum(-1)
+    scale = torch.ones_like(squared).masked_fill(squared < smallest, factor)
+    scale = scale.masked_fill(squared > largest, 1.0 / factor)
+    squared = (vectors * scale.unsqueeze(-1)).square().sum(-1)
     zero = squared == 0
     # sqrt is taken of 1 where v = 0, so that no infinite slope is ever multiplied by zero.
-    return squared.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+    return squared.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0) / scale

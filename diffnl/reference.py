@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _validate
+from . import _options, _pbc, _validate
 from .neighbors import Pairs
 
 _PAIR_BLOCK = 1 << 20  # candidates looked at together
@@ -25,15 +25,19 @@ def neighbor_pairs(
     *,
     full: bool = True,
     sorted: bool = False,
+    **unknown: object,
 ) -> Pairs:
     """`diffnl.neighbor_pairs` by brute force: same arguments, errors, pairs and bits.
 
     Rows come in the order of `sorted=True` always, which satisfies both settings.
     """
-    cutoff = _validate.cutoff(cutoff)
+    if unknown:
+        _options.unexpected(unknown, "neighbor_pairs")
+    cutoff = _options.cutoff(cutoff)
+    full, _ = _options.flag("full", full), _options.flag("sorted", sorted)
     positions = _validate.positions(positions)
     cell = None if cell is None else _validate.cell(cell, positions)
-    pbc = _validate.pbc(pbc, positions)
+    pbc = _pbc.flags(pbc, positions, cell)
     system_idx = _validate.system_idx(system_idx, positions)
     cell, pbc = _validate.systems(cell, pbc, system_idx, positions)
     cell = cell.reshape(-1, 3, 3)
@@ -84,8 +88,10 @@ def _system_pairs(
     n = len(atoms)
     for block in images.split(max(1, _PAIR_BLOCK // (n * n))):
         a, b, m = (
-            index.flatten().to(positions.device)
-            for index in torch.meshgrid(*(torch.arange(k) for k in (n, n, len(block))), indexing="ij")
+            index.flatten()
+            for index in torch.meshgrid(
+                *(torch.arange(k, device=positions.device) for k in (n, n, len(block))), indexing="ij"
+            )
         )
         shifts = block[m] - wraps[b] + wraps[a]
         i, j = atoms[a], atoms[b]

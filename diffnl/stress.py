@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _validate
+from . import _options, _validate
 
 GPA = 160.2176634
 """GPa in an eV/Å³: e / 1e-30 m³ / 1e9, with the charge e that defines the SI (2019)."""
@@ -89,6 +89,7 @@ def forces_and_stress(
             `positions`.
         TypeError: wrong types or dtypes.
     """
+    create_graph = _options.flag("create_graph", create_graph)
     positions = _validate.requires_grad("positions", _validate.positions(positions))
     if cell is None:
         system_idx = _validate.system_idx(system_idx, positions)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _validate
+from . import _options, _pbc, _validate
 from .neighbors import neighbor_pairs
 from .stress import forces_and_stress, strained
 
@@ -120,7 +120,8 @@ def check_potential(
             stress (3, 3) or None) with its own, which are then the ones checked.
         positions: (N, 3) float64, any length unit.
         cell: (3, 3), same dtype, rows are lattice vectors; None: no stress, no periodicity.
-        pbc: which axes are periodic: a bool, three bools, or a bool tensor (3,). None: none.
+        pbc: which axes are periodic: a bool, three bools or integers 0 and 1, or a tensor (3,) of these. None
+            without a cell only.
         per_atom: tensors (N, ...) that belong to the atoms and do not turn with them, such as species.
         cutoff: > 0, the length beyond which two atoms do not interact directly, in the unit of `positions`.
         rattle: standard deviation of the random displacements, as a fraction of the cutoff, and of the random
@@ -133,14 +134,15 @@ def check_potential(
         The report, true if all is well: `assert report, str(report)` shows the table where not.
 
     Raises:
-        ValueError: wrong shapes or devices.
+        ValueError: wrong shapes, devices or values; a cell without `pbc`.
         TypeError: wrong types or dtypes; `positions` not in float64, whose rounding the tolerances assume.
         Whatever `energy_fn` raises.
     """
-    positions = _validate.double("positions", _validate.positions(positions.detach()))
-    cell = None if cell is None else _validate.one_cell(_validate.cell(cell.detach(), positions))
-    pbc = _validate.one_pbc(_validate.pbc(pbc, positions))
-    cutoff = _validate.cutoff(cutoff)
+    positions = _validate.double("positions", _validate.positions(positions)).detach()
+    cell = None if cell is None else _validate.one_cell(_validate.cell(cell, positions)).detach()
+    pbc = _validate.one_pbc(_pbc.flags(pbc, positions, cell))
+    cutoff = _options.cutoff(cutoff)
+    rattle, rtol = _options.not_negative("rattle", rattle), _options.not_negative("rtol", rtol)
     per_atom = tuple(_validate.per_atom(values, positions) for values in per_atom)
     random = torch.Generator().manual_seed(seed)
     frame = _rattled(_Frame(positions, cell, per_atom), pbc, cutoff, rattle, random)
@@ -299,7 +301,7 @@ class _Checker:
         turned = None if cell is None else cell @ q
         yield "rotation", "atoms and cell turned", _Frame(positions @ q, turned, per_atom), atoms, q
 
-        order = torch.randperm(len(atoms), generator=self.random).to(atoms.device)
+        order = torch.randperm(len(atoms), generator=self.random, device="cpu").to(atoms.device)
         mixed = _Frame(positions[order], cell, tuple(values[order] for values in per_atom))
         yield "permutation", "atoms in another order", mixed, order.argsort(), None
 
@@ -308,7 +310,7 @@ class _Checker:
                 yield name, "not checked: no periodic axis", None, atoms, None
             return
 
-        moves = torch.randint(-2, 3, (len(atoms), 3), generator=self.random).to(positions)
+        moves = torch.randint(-2, 3, (len(atoms), 3), generator=self.random, device="cpu").to(positions)
         moves[0] = 1.0  # Whatever was drawn, one atom moves.
         moved = positions + (moves * self.pbc) @ cell
         yield (
@@ -329,7 +331,7 @@ class _Checker:
         yield "basis", "the same lattice from other vectors", frame._replace(cell=basis @ cell), atoms, None
 
         times = [1 + (axis in self.periodic) for axis in range(3)]
-        copies = torch.tensor(list(product(*map(range, times)))).to(positions)
+        copies = positions.new_tensor(list(product(*map(range, times))))
         larger = _Frame(
             (positions + (copies @ cell).unsqueeze(1)).reshape(-1, 3),
             cell * cell.new_tensor(times).unsqueeze(1),
@@ -404,7 +406,7 @@ def _inner(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
 
 def _normal(random: torch.Generator, like: Tensor, *shape: int) -> Tensor:
     """Drawn on the CPU, so that every device gets the same numbers."""
-    return torch.randn(*shape, generator=random, dtype=like.dtype).to(like.device)
+    return torch.randn(*shape, generator=random, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def _scaled(frame: _Frame, factor: float) -> _Frame:

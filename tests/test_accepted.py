@@ -66,6 +66,8 @@ PBC = [
     np.True_,
 ]
 PBC += [torch.tensor(True), torch.ones(1, 3, dtype=torch.bool), tuple(np.ones(3, dtype=bool))]
+PBC += [1, np.int64(1), [1, 1, 1], np.ones(3, dtype=int), torch.ones(3, dtype=torch.int64), torch.tensor(1)]
+PBC += [torch.ones(1, 3, dtype=torch.uint8), [torch.tensor(True)] * 3]
 
 
 @pytest.mark.parametrize("pbc", PBC, ids=[f"{n}_{type(p).__name__}" for n, p in enumerate(PBC)])
@@ -89,8 +91,21 @@ def test_integer_dtypes_of_a_list_do_not_matter(integer, dtype, device):
     assert torch.equal(bits(long), bits(pairs.vectors))
 
 
-@pytest.mark.parametrize("pbc", [None, False, (False, False, False), torch.zeros(3, dtype=torch.bool)])
-@pytest.mark.parametrize("cell", [None, H, 0 * H], ids=["no_cell", "cell", "zero_cell"])
+def test_pbc_of_integers_says_which_axes(device):
+    """As extended xyz files and ASE users have it."""
+    positions, cell = R.to(device), H.to(device)
+    expected = diffnl.neighbor_pairs(positions, cell, (True, False, True), 4.5)
+    for pbc in ([1, 0, 1], np.array([1, 0, 1]), torch.tensor([1, 0, 1], device=device)):
+        assert_same_bits(diffnl.neighbor_pairs(positions, cell, pbc, 4.5), expected)
+        assert_same_bits(diffnl.NeighborList(4.5)(positions, cell, pbc), expected)
+
+
+OPEN = [False, (False, False, False), torch.zeros(3, dtype=torch.bool)]
+
+
+@pytest.mark.parametrize(
+    "cell, pbc", [(None, None)] + [(cell, pbc) for cell in (None, H, 0 * H) for pbc in OPEN]
+)
 def test_open_boundaries(cell, pbc, device):
     cell = None if cell is None else cell.to(device)
     pbc = pbc.to(device) if isinstance(pbc, torch.Tensor) else pbc
@@ -103,6 +118,18 @@ def test_molecules_in_a_batch_need_no_cells(device):
     owner = torch.tensor([1, 0, 1], device=device)
     pairs = diffnl.NeighborList(9.0)(R.to(device), system_idx=owner)
     assert pairs.mapping.tolist() == [[0, 2], [2, 0]]
+
+
+def test_the_smallest_and_largest_shifts_of_a_list(device):
+    """-2**31 and 2**31 - 1 fit int32, whatever integers they come in."""
+    ends = torch.tensor([[-(2**31), 0, 2**31 - 1]], device=device)
+    cell = torch.eye(3, dtype=torch.float64, device=device)
+    positions, mapping = (
+        torch.zeros(1, 3, dtype=torch.float64, device=device),
+        torch.zeros_like(ends[:, :2].T),
+    )
+    vectors = diffnl.pair_vectors(positions, cell, mapping, ends)
+    assert vectors.tolist() == [[-(2.0**31), 0.0, 2.0**31 - 1.0]]
 
 
 def test_cutoffs_whose_square_leaves_the_dtype(dtype, device):

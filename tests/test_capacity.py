@@ -171,6 +171,43 @@ def test_bad_input(kind, full, device, dtype):
     assert str(late.value) == str(eager.value)
 
 
+def masked_energy(pairs, cutoff):
+    """An energy that a failed list does not reach: torch.where takes 0 for what is not below the cutoff."""
+    distances = pairs.distances
+    return torch.where(distances < cutoff, (1 - distances / cutoff) ** 3, 0.0).sum()
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
+@pytest.mark.parametrize("fault", ["no room at all", "overflow", "bad input", "none"])
+def test_ok_stops_an_energy_that_a_mask_lets_pass(fault, full, device, dtype):
+    """Energy, forces, and the gradients of parameters are NaN, though the masked energy is 0."""
+    positions, cell, pbc, _ = leaves(SYSTEMS["diamond"], dtype, device)
+    if fault == "bad input":
+        spoil("positions", positions, cell, None)
+    capacity = {"no room at all": 0, "overflow": 10}.get(fault, 2_000)
+    pairs = diffnl.NeighborList(5.0, full=full, capacity=capacity)(positions, cell, pbc)
+    weight = torch.ones((), dtype=dtype, device=device, requires_grad=True)
+    bare = weight * masked_energy(pairs, 5.0)
+    energy = bare * pairs.ok
+    assert pairs.ok.shape == () and pairs.ok.dtype == dtype and pairs.ok.device == positions.device
+    gradients = torch.autograd.grad(energy, (positions, cell, weight))
+    if fault == "none":
+        assert pairs.ok == 1 and torch.equal(energy, bare)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    else:
+        assert bare == 0 and pairs.ok.isnan() and energy.isnan()
+        assert all(gradient.isnan().all() for gradient in gradients)
+
+
+def test_ok_of_a_list_that_just_fits(device, dtype):
+    positions, cell, pbc, _ = leaves(SYSTEMS["diamond"], dtype, device)
+    needed = diffnl.neighbor_pairs(positions, cell, pbc, 3.0).shifts.shape[0]
+    found = [
+        diffnl.neighbor_pairs(positions, cell, pbc, 3.0, capacity=needed + k).ok.tolist() for k in (-1, 0)
+    ]
+    assert found[0] != found[0] and found[1] == 1.0
+
+
 def test_the_layer_recovers(device, dtype):
     positions, cell, pbc, _ = leaves(SYSTEMS["diamond"], dtype, device)
     layer = diffnl.NeighborList(3.0, capacity=500)
@@ -225,7 +262,7 @@ def test_open_systems_need_cells(device):
     ):
         diffnl.neighbor_pairs(positions, None, None, 3.0, index, capacity=5)
     zeros = torch.zeros(2, 3, 3, device=device)
-    padded = diffnl.neighbor_pairs(positions, zeros, None, 3.0, index, capacity=5).check()
+    padded = diffnl.neighbor_pairs(positions, zeros, False, 3.0, index, capacity=5).check()
     assert int(padded.num_pairs) == 0
 
 
@@ -262,6 +299,11 @@ def test_estimated_capacity_has_room_to_spare(device):
     assert needed <= diffnl.estimate_capacity(*arguments, 5.0, slack=0.0) < needed + 256
     half = diffnl.estimate_capacity(*arguments, 5.0, full=False)
     assert 1.25 * needed / 2 <= half < 1.25 * needed / 2 + 256
+
+
+def test_estimated_capacity_is_for_one_cutoff():
+    with pytest.raises(ValueError, match=r"`cutoff` must be one number, for one list; got 2"):
+        diffnl.estimate_capacity(torch.zeros(1, 3), None, None, (3.0, 4.0))
 
 
 def test_estimated_capacity_is_never_nothing():

@@ -119,6 +119,49 @@ def test_no_recompile_when_the_number_of_atoms_changes():
             assert_same_values(compiled(*leaves), run(*leaves))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_list_that_exists(dtype):
+    """Shifts of int64 are not looked at while they are traced; one that does not fit fails the run."""
+    positions, cell = box()
+    pairs = diffnl.neighbor_pairs(positions, cell, True, CUTOFF)
+    shifts = pairs.shifts.to(dtype)
+    compiled = torch.compile(diffnl.pair_vectors, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(positions, cell, pairs.mapping, shifts), pairs.vectors)
+    if dtype == torch.int64 and not EMULATED:
+        shifts[3, 1] = -(2**63)
+        with pytest.raises(RuntimeError, match="out_of_range"):
+            compiled(positions, cell, pairs.mapping, shifts)
+
+
+def test_ok_of_a_padded_list():
+    """In the graph, so that a compiled energy of a list that has failed is NaN."""
+    neighbors = {capacity: diffnl.NeighborList(CUTOFF, capacity=capacity) for capacity in (0, 4_000)}
+
+    def energy(positions, cell, capacity):
+        pairs = neighbors[capacity](positions, cell, True)
+        envelope = torch.where(pairs.distances < CUTOFF, (1.0 - pairs.distances / CUTOFF) ** 3, 0.0)
+        return envelope.sum() * pairs.ok
+
+    compiled = torch.compile(energy, fullgraph=True, backend="aot_eager")
+    positions, cell = box()
+    assert compiled(positions, cell, 0).isnan()
+    assert_same_values((compiled(positions, cell, 4_000),), (energy(positions, cell, 4_000),))
+
+
+def test_a_functional_gradient_says_what_to_do():
+    """torch.func inside a graph does not reach the layer's operators. Around a break it does: same values."""
+    neighbors = diffnl.NeighborList(CUTOFF)
+    positions, cell = (leaf.detach() for leaf in box())
+
+    def energy(positions):
+        return neighbors(positions, cell, True).distances.cos().sum()
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.autograd\.grad .* docs/compile\.md"):
+        torch.compile(torch.func.grad(energy), fullgraph=True)(positions)
+    with_breaks = torch.compile(torch.func.grad(energy))(positions)
+    assert_same_values((with_breaks,), (torch.func.grad(energy)(positions),))
+
+
 def test_a_batch():
     potential = Potential()
     compiled = torch.compile(potential, fullgraph=True, backend="aot_eager")

@@ -237,6 +237,11 @@ def test_the_same_seed_gives_the_same_report():
         ({"per_atom": [torch.zeros(4)]}, ValueError, "`per_atom` must hold tensors of shape"),
         ({"per_atom": [3.0]}, TypeError, "`per_atom` must be a torch.Tensor"),
         ({"cutoff": -1.0}, ValueError, "`cutoff` must be finite and > 0"),
+        ({"pbc": None}, ValueError, "`pbc` must be given where there is a `cell`"),
+        ({"positions": [[0.0, 0.0, 0.0]]}, TypeError, "`positions` must be a torch.Tensor; got list"),
+        ({"rattle": -0.1}, ValueError, "`rattle` must be finite and >= 0; got -0.1"),
+        ({"rtol": float("nan")}, ValueError, "`rtol` must be finite and >= 0; got nan"),
+        ({"rtol": "small"}, TypeError, "`rtol` must be a number; got 'small'"),
     ],
 )
 def test_bad_arguments(change, error, message):
