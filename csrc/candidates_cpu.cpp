@@ -2,16 +2,86 @@
 
 #include "candidates_cpu.h"
 
+#include <limits>
 #include <map>
 #include <vector>
 
-#include "drift.h"
 #include "parallel.h"
 #include "tile.h"
 
 namespace diffnl {
 
 namespace {
+
+// ---------------------------------------------------------------------------------------------- jumps
+
+// The images of a system whose atoms have jumped, numbered so that n_i - n_j is added to a number as it is to S: a
+// box in S that holds S + n_i - n_j for all candidates.
+struct ImageBox {
+  std::array<int64_t, 3> low{0, 0, 0}, high{0, 0, 0};    // of S
+  std::array<int64_t, 3> least{0, 0, 0}, most{0, 0, 0};  // of n
+  int64_t num_images = 0;                                // of the candidates
+  int64_t first = 0;                                     // number of the image `low`; -1 for a box not made
+
+  // Whether atoms have jumped that there are candidates of.
+  bool moves() const { return least != most && num_images > 0; }
+  int64_t span(size_t k) const { return high[k] - low[k] + 1; }
+  int64_t size() const { return span(0) * span(1) * span(2); }
+  // Of integers on the three axes, an image's or a jump's: their place in the box, seen from 0.
+  template <typename Integer>
+  int64_t place(const Integer* n) const {
+    return (int64_t(n[0]) * span(1) + n[1]) * span(2) + n[2];
+  }
+  int64_t number(const int32_t* S) const {
+    const int64_t from_low[3] = {S[0] - low[0], S[1] - low[1], S[2] - low[2]};
+    return first + place(from_low);
+  }
+  // Images whose S can be written, no more than `most`.
+  bool fits(int64_t most) const {
+    for (size_t k = 0; k < 3; ++k)
+      if (low[k] < std::numeric_limits<int32_t>::min() || high[k] > std::numeric_limits<int32_t>::max() ||
+          span(k) > 1 << 16)
+        return false;
+    return size() <= most;
+  }
+};
+
+// The boxes of systems with jumps; their numbers follow those of the candidates' images. Together they are not
+// much larger than the list: boxes beyond that are not made.
+std::vector<ImageBox> image_boxes(const Candidates& candidates, const Jumps& jumps) {
+  std::vector<ImageBox> boxes(static_cast<size_t>(jumps.num_systems));
+  for (int64_t i = 0; i < candidates.num_atoms; ++i) {
+    const Jump& jump = jumps.of_atom[i];
+    if (!jump.any()) continue;
+    ImageBox& box = boxes[jumps.system_of(i)];
+    for (size_t k = 0; k < 3; ++k) {
+      box.least[k] = std::min<int64_t>(box.least[k], jump.n[k]);
+      box.most[k] = std::max<int64_t>(box.most[k], jump.n[k]);
+    }
+  }
+  for (int64_t m = 0; m < candidates.num_images; ++m) {
+    const int32_t* image = candidates.images + 4 * m;
+    ImageBox& box = boxes[static_cast<size_t>(image[3])];
+    for (size_t k = 0; k < 3; ++k) {
+      box.low[k] = box.num_images == 0 ? image[k] : std::min<int64_t>(box.low[k], image[k]);
+      box.high[k] = box.num_images == 0 ? image[k] : std::max<int64_t>(box.high[k], image[k]);
+    }
+    ++box.num_images;
+  }
+  const int64_t size = candidates.offsets[candidates.num_atoms],
+                most = std::min<int64_t>((1 << 16) + 4 * size, std::numeric_limits<int32_t>::max());
+  int64_t next = candidates.num_images;
+  for (ImageBox& box : boxes) {
+    if (!box.moves()) continue;
+    for (size_t k = 0; k < 3; ++k) {
+      box.low[k] -= box.most[k] - box.least[k];
+      box.high[k] += box.most[k] - box.least[k];
+    }
+    box.first = box.fits(candidates.num_images + most - next) ? next : -1;
+    if (box.first >= 0) next += box.size();
+  }
+  return boxes;
+}
 
 // ------------------------------------------------------------------------------------------ selection
 
@@ -24,17 +94,35 @@ int64_t row_block(int64_t num_rows) {
 template <typename T>
 class Gathered {
  public:
-  Gathered(const Candidates& candidates, const T* positions, const T* cell)
-      : images_(candidates.images),
-        memory_(static_cast<size_t>(4 * (candidates.num_atoms + candidates.num_images))) {
+  Gathered(const Candidates& candidates, const Jumps& jumps, const T* positions, const T* cell)
+      : candidates_(candidates), images_(candidates.images) {
+    int64_t num_images = candidates.num_images;
+    if (jumps.of_atom != nullptr) num_images = follow(jumps);
+    memory_.resize(static_cast<size_t>(4 * (candidates.num_atoms + num_images)));
     T *r = memory_.data(), *t = r + 4 * candidates.num_atoms;
     for (int64_t i = 0; i < candidates.num_atoms; ++i) std::copy_n(positions + 3 * i, 3, r + 4 * i);
-    for (int64_t m = 0; m < candidates.num_images; ++m) {
-      const int32_t* S = candidates.images + 4 * m;
+    for (int64_t m = 0; m < num_images; ++m) {
+      const int32_t* S = images_ + 4 * m;
       const T s0 = static_cast<T>(S[0]), s1 = static_cast<T>(S[1]), s2 = static_cast<T>(S[2]);
       for (int k = 0; k < 3; ++k) t[4 * m + k] = cell_translation(s0, s1, s2, cell + 9 * int64_t(S[3]), k);
     }
     source = {r, t};
+  }
+
+  // The candidates of atom i as they are now. `scratch` holds their images if atoms have jumped.
+  CandidateRow<T> row(int64_t i, std::vector<int32_t>& scratch) const {
+    const int64_t first = candidates_.offsets[i];
+    const int size = static_cast<int>(candidates_.offsets[i + 1] - first);
+    const int32_t *j = candidates_.j + first, *image = candidates_.image + first;
+    const T* r = source.positions + 4 * i;
+    if (size > 0 && !step_of_atom_.empty() && in_box_[static_cast<size_t>(image[0])] >= 0) {
+      scratch.resize(static_cast<size_t>(size));
+      const int32_t *in_box = in_box_.data(), *step = step_of_atom_.data(), own = step[i];
+      int32_t* to = scratch.data();
+      for (int c = 0; c < size; ++c) to[c] = in_box[image[c]] + own - step[j[c]];
+      image = to;
+    }
+    return {{r[0], r[1], r[2]}, j, image, size};
   }
 
   // The chosen candidates of a row as a row of a list.
@@ -63,26 +151,51 @@ class Gathered {
   RowSource<T> source;
 
  private:
-  const int32_t* images_;
+  // Makes the images that jumps lead to; returns how many there are then.
+  int64_t follow(const Jumps& jumps) {
+    const std::vector<ImageBox> boxes = image_boxes(candidates_, jumps);
+    made_.assign(images_, images_ + 4 * candidates_.num_images);
+    in_box_.assign(static_cast<size_t>(candidates_.num_images), -1);
+    for (size_t b = 0; b < boxes.size(); ++b) {
+      const ImageBox& box = boxes[b];
+      if (!box.moves()) continue;
+      require(box.first >= 0, "atoms have jumped too far");
+      for (int64_t s0 = box.low[0]; s0 <= box.high[0]; ++s0)
+        for (int64_t s1 = box.low[1]; s1 <= box.high[1]; ++s1)
+          for (int64_t s2 = box.low[2]; s2 <= box.high[2]; ++s2)
+            for (const int64_t x : {s0, s1, s2, static_cast<int64_t>(b)}) made_.push_back(static_cast<int32_t>(x));
+    }
+    for (int64_t m = 0; m < candidates_.num_images; ++m) {
+      const int32_t* image = images_ + 4 * m;
+      const ImageBox& box = boxes[static_cast<size_t>(image[3])];
+      if (box.moves()) in_box_[static_cast<size_t>(m)] = static_cast<int32_t>(box.number(image));
+    }
+    step_of_atom_.resize(static_cast<size_t>(candidates_.num_atoms));
+    for (int64_t i = 0; i < candidates_.num_atoms; ++i) {
+      const ImageBox& box = boxes[jumps.system_of(i)];
+      if (box.moves()) step_of_atom_[static_cast<size_t>(i)] = static_cast<int32_t>(box.place(jumps.of_atom[i].n));
+    }
+    images_ = made_.data();
+    return static_cast<int64_t>(made_.size()) / 4;
+  }
+
+  const Candidates& candidates_;
+  const int32_t* images_;  // S and system: the candidates', then those of boxes
   std::vector<T> memory_;
+  // Empty where no atom has jumped. A candidate's image becomes in_box_[image] + step_of_atom_[i] -
+  // step_of_atom_[j]; -1 for images of systems without jumps, which stay as they are.
+  std::vector<int32_t> in_box_, step_of_atom_, made_;
 };
 
 }  // namespace
 
 // Two passes over rows: mark and count, then write. Between them a candidate is a bit.
 template <typename T>
-void select_cpu(const Candidates& candidates, const T* positions, const T* cell, double cutoff,
+void select_cpu(const Candidates& candidates, const Jumps& jumps, const T* positions, const T* cell, double cutoff,
                 const std::function<PairOutput<T>(int64_t)>& allocate) {
-  const Gathered<T> gathered(candidates, positions, cell);
+  const Gathered<T> gathered(candidates, jumps, positions, cell);
   const T cutoff2 = static_cast<T>(cutoff * cutoff);
   const int64_t num_rows = candidates.num_atoms, *offsets = candidates.offsets;
-  const auto row_of = [&](int64_t i) {
-    const T* r = positions + 3 * i;
-    return CandidateRow<T>{{r[0], r[1], r[2]},
-                           candidates.j + offsets[i],
-                           candidates.image + offsets[i],
-                           static_cast<int>(offsets[i + 1] - offsets[i])};
-  };
   // Where the marks of each row begin, and its pairs.
   std::vector<int64_t> words(static_cast<size_t>(num_rows) + 1, 0), first(words);
   for (int64_t i = 0; i < num_rows; ++i)
@@ -92,8 +205,9 @@ void select_cpu(const Candidates& candidates, const T* positions, const T* cell,
 
   parallel_blocks(num_rows, row_block(num_rows), [&](int64_t begin, int64_t end) {
     std::vector<T> d2;
+    std::vector<int32_t> scratch;
     for (int64_t i = begin; i < end; ++i) {
-      const CandidateRow<T> row = row_of(i);
+      const CandidateRow<T> row = gathered.row(i, scratch);
       d2.resize(static_cast<size_t>(row.size));
       measure_candidates(gathered.source, row, d2.data());
       first[static_cast<size_t>(i) + 1] = mark_below(d2.data(), row.size, cutoff2, marks_of(i));
@@ -102,10 +216,10 @@ void select_cpu(const Candidates& candidates, const T* positions, const T* cell,
   for (size_t i = 0; i < static_cast<size_t>(num_rows); ++i) first[i + 1] += first[i];
   const PairOutput<T> out = allocate(first.back());
   parallel_blocks(num_rows, row_block(num_rows), [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> chosen;
+    std::vector<int32_t> chosen, scratch;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = first[static_cast<size_t>(i)], count = first[static_cast<size_t>(i) + 1] - at;
-      const CandidateRow<T> row = row_of(i);
+      const CandidateRow<T> row = gathered.row(i, scratch);
       chosen.resize(static_cast<size_t>(count) + kSelectSpare);
       select_marked(marks_of(i), row.size, chosen.data());
       std::fill_n(out.mapping + at, count, i);
@@ -219,12 +333,13 @@ void merge(const Candidates& batch, int64_t num_systems, const PartOfBatch& part
 // ------------------------------------------------------------------------------------------ validity
 
 template <typename T>
-void find_margins(const Motion<T>& motion, double cutoff, double radius, double* margins) {
+bool find_margins(const Motion<T>& motion, const Candidates& candidates, double cutoff, double radius,
+                  double* margins, Jump* jumps) {
   struct Moves {
     Drift drift;
-    bool known;
-    double most2 = 0.0;    // max |u|^2
-    double largest = 0.0;  // |component| of a position
+    bool known, seen = false;
+    double most2 = 0.0;   // max |u|^2
+    double spread = 0.0;  // max distance from the origin, the system's first atom
   };
   std::vector<Moves> moves(static_cast<size_t>(motion.num_systems));
   for (size_t b = 0; b < moves.size(); ++b) {
@@ -232,25 +347,36 @@ void find_margins(const Motion<T>& motion, double cutoff, double radius, double*
     const bool* pbc = motion.pbc + at * motion.pbc_stride;
     moves[b].known = make_drift(motion.old_cell + 9 * at, motion.cell + 9 * at, pbc, moves[b].drift);
   }
+  const Jumps found{jumps, motion.system_idx, motion.num_systems};
+  bool any = false;
   for (int64_t i = 0; i < motion.num_atoms; ++i) {
-    Moves& of_system = moves[motion.system_idx == nullptr ? 0 : static_cast<size_t>(motion.system_idx[i])];
+    Moves& of_system = moves[found.system_of(i)];
+    jumps[i] = Jump{};
     if (!of_system.known) continue;
+    Drift& drift = of_system.drift;
     const T *from = motion.old_positions + 3 * i, *to = motion.positions + 3 * i;
-    const double moved2 = squared_move(of_system.drift, from, to);
+    if (!of_system.seen) set_origin(drift, from, to);
+    of_system.seen = true;
+    const double moved2 = squared_move(drift, from, to, jumps[i]);
+    any = any || jumps[i].any();
     of_system.known = std::isfinite(moved2);  // max would lose a NaN
     of_system.most2 = std::max(of_system.most2, moved2);
-    for (int c = 0; c < 3; ++c)
-      of_system.largest = std::max(of_system.largest, std::abs(static_cast<double>(to[c])));
+    of_system.spread = std::max(of_system.spread, distance_from_origin(drift, from, to));
   }
   for (size_t b = 0; b < moves.size(); ++b)
-    margins[b] = moves[b].known ? margin<T>(moves[b].drift, moves[b].most2, moves[b].largest, cutoff, radius)
+    margins[b] = moves[b].known ? margin<T>(moves[b].drift, moves[b].most2, moves[b].spread, cutoff, radius)
                                 : -std::numeric_limits<double>::infinity();
+  if (!any) return false;
+  const std::vector<ImageBox> boxes = image_boxes(candidates, found);
+  for (size_t b = 0; b < boxes.size(); ++b)
+    if (boxes[b].moves() && boxes[b].first < 0) margins[b] = -std::numeric_limits<double>::infinity();
+  return true;
 }
 
-#define DIFFNL_INSTANTIATE(T)                                             \
-  template void select_cpu(const Candidates&, const T*, const T*, double, \
-                           const std::function<PairOutput<T>(int64_t)>&); \
-  template void find_margins(const Motion<T>&, double, double, double*);
+#define DIFFNL_INSTANTIATE(T)                                                           \
+  template void select_cpu(const Candidates&, const Jumps&, const T*, const T*, double, \
+                           const std::function<PairOutput<T>(int64_t)>&);               \
+  template bool find_margins(const Motion<T>&, const Candidates&, double, double, double*, Jump*);
 DIFFNL_INSTANTIATE(float)
 DIFFNL_INSTANTIATE(double)
 #undef DIFFNL_INSTANTIATE

@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "drift.h"
 #include "neighbors_cpu.h"
 
 namespace diffnl {
@@ -40,9 +41,18 @@ struct PartOfBatch {
 void merge(const Candidates& batch, int64_t num_systems, const PartOfBatch& part, int64_t* offsets,
            std::vector<int32_t>& images, const std::function<CompactList(int64_t)>& allocate);
 
+// Which atoms have jumped since the search.
+struct Jumps {
+  const Jump* of_atom;        // (N,) or null: none has
+  const int64_t* system_idx;  // (N,) or null
+  int64_t num_systems;
+
+  size_t system_of(int64_t i) const { return system_idx == nullptr ? 0 : static_cast<size_t>(system_idx[i]); }
+};
+
 // The candidates closer than the cutoff, by the exact test. `allocate(P)` is called once, from the calling thread.
 template <typename T>
-void select_cpu(const Candidates& candidates, const T* positions, const T* cell, double cutoff,
+void select_cpu(const Candidates& candidates, const Jumps& jumps, const T* positions, const T* cell, double cutoff,
                 const std::function<PairOutput<T>(int64_t)>& allocate);
 
 // Atoms and cells at the time of a search, and now.
@@ -57,7 +67,10 @@ struct Motion {
 };
 
 // By how much candidates to `radius` reach beyond the pairs closer than `cutoff`, for each system (drift.h).
+// Writes the jumps (N,) of the atoms and returns whether there are any. Candidates that would lie too many cells
+// apart after these do not hold.
 template <typename T>
-void find_margins(const Motion<T>& motion, double cutoff, double radius, double* margins);
+bool find_margins(const Motion<T>& motion, const Candidates& candidates, double cutoff, double radius,
+                  double* margins, Jump* jumps);
 
 }  // namespace diffnl

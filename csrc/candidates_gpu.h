@@ -28,13 +28,15 @@ struct GpuCandidates {
 // A system on its way; see `raise_to` for how a range is kept.
 struct GpuDrift {
   Drift drift;
-  uint64_t moved2, largest;
+  uint64_t moved2, spread;
 };
 
 // Small state of a selection on the device, zero at the start.
 struct SelectionState {
   unsigned must_search;        // the candidates do not hold all pairs
   unsigned unknown;            // there are none, or of other cells: nothing to measure
+  unsigned jumped;             // some atom has
+  unsigned unlinkable;         // after a jump an S does not fit a Link
   unsigned measured, counted;  // blocks that have done so
 };
 
@@ -48,6 +50,7 @@ struct GpuSelection : GpuAtoms<T> {
 
   SelectionState* state;
   GpuDrift* drifts;          // (B,)
+  Jump* jumps;               // (N,) zero at the start
   uint16_t* ranks;           // (room,) which pair of its row a candidate is; kNoPair: none
   uint32_t* row_counts;      // (N,)
   uint64_t* partial_sums;    // of the scan
@@ -76,5 +79,8 @@ void fill_selected(const GpuSelection<T>& selection, const GpuPairs<T>& out, Gpu
 template <typename T>
 void keep_candidates(const GpuSearch<T>& search, const Link* unsorted, const GpuCandidates<T>& kept,
                      GpuStream stream);
+
+// cudaThreadExchangeStreamCaptureMode: returns the mode until now.
+int exchange_capture_mode(int mode);
 
 }  // namespace diffnl

@@ -30,18 +30,23 @@ __device__ inline bool has_candidates(const GpuSelection<T>& s) {
 template <typename T>
 __device__ inline void make_drift_of(const GpuSelection<T>& s, int64_t b) {
   GpuDrift& drift = s.drifts[b];
-  drift.moved2 = drift.largest = ordered_bits(0.0);
+  drift.moved2 = drift.spread = ordered_bits(0.0);
   const bool *now = s.pbc + b * s.pbc_stride, *then = s.kept.pbc + b * s.pbc_stride;
   const bool same = has_candidates(s) && now[0] == then[0] && now[1] == then[1] && now[2] == then[2];
-  if (same && make_drift(s.kept.cell + 9 * b, s.cell + 9 * b, now, drift.drift)) return;
+  if (same && make_drift(s.kept.cell + 9 * b, s.cell + 9 * b, now, drift.drift)) {
+    const int64_t first = s.kept.first_of_system[b], last = s.kept.first_of_system[b + 1];
+    const int64_t i = first < last ? s.kept.order[first] : 0;
+    set_origin(drift.drift, s.kept.positions + 3 * i, s.positions + 3 * i);
+    return;
+  }
   atomicMax(&s.state->unknown, 1u);
   atomicMax(&s.state->must_search, 1u);
 }
 
-__device__ inline void widen(GpuDrift& drift, double moved2, double largest) {
-  const uint64_t seen_moved2 = look_at(drift.moved2), seen_largest = look_at(drift.largest);
+__device__ inline void widen(GpuDrift& drift, double moved2, double spread) {
+  const uint64_t seen_moved2 = look_at(drift.moved2), seen_spread = look_at(drift.spread);
   raise_to(&drift.moved2, seen_moved2, moved2);
-  raise_to(&drift.largest, seen_largest, largest);
+  raise_to(&drift.spread, seen_spread, spread);
 }
 
 // Atoms first, first + step, ...: once for a wave, where all its atoms are in one system. All threads of a wave
@@ -49,8 +54,8 @@ __device__ inline void widen(GpuDrift& drift, double moved2, double largest) {
 template <typename T>
 __device__ inline void measure_moves(const GpuSelection<T>& s, int64_t first, int64_t step) {
   int64_t current = -1;
-  double most2 = 0.0, largest = 0.0;
-  bool known = true;
+  double most2 = 0.0, spread = 0.0;
+  bool known = true, jumped = false;
   for (int64_t i = first; i < s.num_atoms; i += step) {
     const int64_t b = s.system_idx == nullptr ? 0 : s.system_idx[i];
     if (s.system_idx != nullptr && b != s.kept.system_idx[i]) {
@@ -58,33 +63,40 @@ __device__ inline void measure_moves(const GpuSelection<T>& s, int64_t first, in
       continue;
     }
     if (b != current && current >= 0) {
-      widen(s.drifts[current], most2, largest);
-      most2 = largest = 0.0;
+      widen(s.drifts[current], most2, spread);
+      most2 = spread = 0.0;
     }
     current = b;
-    const T* to = s.positions + 3 * i;
-    const double moved2 = squared_move(s.drifts[b].drift, s.kept.positions + 3 * i, to);
+    const Drift& drift = s.drifts[b].drift;
+    const T *from = s.kept.positions + 3 * i, *to = s.positions + 3 * i;
+    Jump jump;
+    const double moved2 = squared_move(drift, from, to, jump);
+    if (jump.any()) {
+      s.jumps[i] = jump;
+      jumped = true;
+    }
     known = known && std::isfinite(moved2);  // max would lose a NaN
     most2 = std::max(most2, moved2);
-    for (int c = 0; c < 3; ++c) largest = std::max(largest, std::abs(static_cast<double>(to[c])));
+    spread = std::max(spread, distance_from_origin(drift, from, to));
   }
   if (!known) atomicMax(&s.state->must_search, 1u);
+  if (jumped) atomicMax(&s.state->jumped, 1u);
   const int64_t of_wave = lane_value(current, 0);
   const bool alike = wave_ballot(current == of_wave || current < 0) == wave_ballot(true);
   if (alike && of_wave >= 0) {
     most2 = max_over_wave(most2);
-    largest = max_over_wave(largest);
+    spread = max_over_wave(spread);
   }
   if (current < 0 || (alike && lane_of_thread() != 0)) return;
-  widen(s.drifts[current], most2, largest);
+  widen(s.drifts[current], most2, spread);
 }
 
 template <typename T>
 __device__ inline void judge(const GpuSelection<T>& s, int64_t b) {
   const GpuDrift& drift = s.drifts[b];
   const double moved2 = from_ordered_bits(look_at(drift.moved2)),
-               largest = from_ordered_bits(look_at(drift.largest));
-  if (!(margin<T>(drift.drift, moved2, largest, s.cutoff, s.radius) >= 0.0)) atomicMax(&s.state->must_search, 1u);
+               spread = from_ordered_bits(look_at(drift.spread));
+  if (!(margin<T>(drift.drift, moved2, spread, s.cutoff, s.radius) >= 0.0)) atomicMax(&s.state->must_search, 1u);
 }
 
 template <typename T>
@@ -119,46 +131,79 @@ __device__ inline int count_bits(uint64_t bits) {
 
 __device__ inline uint64_t bits_below(int lane) { return (uint64_t(1) << lane) - 1; }
 
-// One atom's row of candidates, by a wave.
+// Whether the candidates are of atoms that have jumped since.
 template <typename T>
+__device__ inline bool has_jumped(const GpuSelection<T>& s) {
+  return s.state->jumped != 0 && s.state->must_search == 0;
+}
+
+struct Shift {
+  int32_t s0, s1, s2;
+
+  __device__ bool fits_link() const {
+    constexpr int32_t most = static_cast<int32_t>(Link::kLargestShift);
+    return std::max(std::max(std::abs(s0), std::abs(s1)), std::abs(s2)) <= most;
+  }
+};
+
+// One atom's row of candidates, by a wave. `kJumped`: as they are after jumps.
+template <typename T, bool kJumped>
 struct CandidateRow {
   int64_t i, first, last;
   Vec3<T> ri;
   const T* h;
+  Jump jump;
 
   __device__ CandidateRow(const GpuSelection<T>& s, int64_t row)
       : i(row),
         first(s.kept.offsets[row]),
         last(s.kept.offsets[row + 1]),
         ri(load_triple(s.positions + 3 * row)),
-        h(s.cell + 9 * (s.system_idx == nullptr ? 0 : s.system_idx[row])) {}
+        h(s.cell + 9 * (s.system_idx == nullptr ? 0 : s.system_idx[row])) {
+    if (kJumped) jump = s.jumps[row];
+  }
 
-  __device__ Vec3<T> vector(const GpuSelection<T>& s, Link link) const {
-    const Vec3<T> t = translation(h, static_cast<T>(link.shift(0)), static_cast<T>(link.shift(1)),
-                                  static_cast<T>(link.shift(2)));
+  __device__ Shift shift(const GpuSelection<T>& s, Link link) const {
+    Shift found{link.shift(0), link.shift(1), link.shift(2)};
+    if (kJumped) {
+      const Jump other = s.jumps[link.j()];
+      found = {found.s0 + jump.n[0] - other.n[0], found.s1 + jump.n[1] - other.n[1],
+               found.s2 + jump.n[2] - other.n[2]};
+    }
+    return found;
+  }
+
+  __device__ Vec3<T> vector(const GpuSelection<T>& s, Link link, Shift of_link) const {
+    const Vec3<T> t =
+        translation(h, static_cast<T>(of_link.s0), static_cast<T>(of_link.s1), static_cast<T>(of_link.s2));
     return pair_vector<T>(ri, load_triple(s.positions + 3 * int64_t(link.j())), t);
   }
 };
 
 // Ranks the pairs of a row among themselves; returns how many there are.
-template <typename T>
-__device__ inline uint32_t choose_in_row(const GpuSelection<T>& s, const CandidateRow<T>& row) {
+template <typename T, bool kJumped>
+__device__ inline uint32_t choose_in_row(const GpuSelection<T>& s, const CandidateRow<T, kJumped>& row) {
   const int lane = lane_of_thread(), width = wave_width();
   uint32_t count = 0;
   for (int64_t p0 = row.first + lane; p0 - lane < row.last; p0 += kReadAhead * width) {
     Link links[kReadAhead];
+    Shift shifts[kReadAhead];
     Vec3<T> v[kReadAhead];
     DIFFNL_UNROLL(kReadAhead)
     for (int u = 0; u < kReadAhead; ++u)
       links[u].bits = p0 + u * width < row.last ? s.kept.links[p0 + u * width].bits : 0;
     DIFFNL_UNROLL(kReadAhead)
-    for (int u = 0; u < kReadAhead; ++u) v[u] = row.vector(s, links[u]);
+    for (int u = 0; u < kReadAhead; ++u) {
+      shifts[u] = row.shift(s, links[u]);
+      v[u] = row.vector(s, links[u], shifts[u]);
+    }
     DIFFNL_UNROLL(kReadAhead)
     for (int u = 0; u < kReadAhead; ++u) {
       const int64_t p = p0 + u * width;
       bool chosen = p < row.last && squared_length(v[u]) < s.cutoff2;
       if (!s.full && chosen)
-        chosen = in_half(row.i, int64_t(links[u].j()), links[u].shift(0), links[u].shift(1), links[u].shift(2));
+        chosen = in_half(row.i, int64_t(links[u].j()), shifts[u].s0, shifts[u].s1, shifts[u].s2);
+      if (kJumped && chosen && !shifts[u].fits_link()) atomicMax(&s.state->unlinkable, 1u);
       const uint64_t votes = wave_ballot(chosen);
       if (p < row.last)
         s.ranks[p] = chosen ? static_cast<uint16_t>(count + count_bits(votes & bits_below(lane))) : kNoPair;
@@ -173,7 +218,8 @@ template <typename T>
 __device__ inline void tell(const GpuSelection<T>& s) {
   if (s.capacity < 0) {
     s.summary->num_pairs = s.offsets[s.num_atoms];
-    s.summary->must_search = s.state->must_search;
+    s.summary->must_search = s.state->must_search != 0 || s.state->unlinkable != 0;
+    s.summary->jumped = s.state->jumped;
     __threadfence_system();
     return;
   }
@@ -183,21 +229,34 @@ __device__ inline void tell(const GpuSelection<T>& s) {
     const int64_t found = *s.kept.num_candidates;
     const double room = static_cast<double>(s.kept.room), needed = static_cast<double>(found) * s.capacity / room;
     count = found < 0 ? found : std::max(static_cast<int64_t>(std::ceil(needed)), s.capacity + 1);
+  } else if (s.state->unlinkable != 0 && count <= s.capacity) {
+    count = -static_cast<int64_t>(pack_fault(Fault::not_linkable, 0));  // as a search would find
   }
   *s.num_pairs = count;
   if (static_cast<uint64_t>(count) > static_cast<uint64_t>(s.capacity)) s.offsets[0] = -1;
 }
 
-// A wave a row, and then another: the grid is laid out for the narrowest waves. If rows are few, the last block
-// finds where they begin in the list.
+// Calls `run` with each row of this wave. The grid is laid out for the narrowest waves.
+template <bool kJumped, typename T, typename Run>
+__device__ inline void for_each_row(const GpuSelection<T>& s, const Run& run) {
+  const int64_t waves = kThreads / wave_width();
+  for (int64_t i = blockIdx.x * waves + wave_of_thread(); i < s.num_atoms; i += gridDim.x * waves)
+    run(CandidateRow<T, kJumped>(s, i));
+}
+
+// A wave a row. If rows are few, the last block finds where they begin in the list.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void count_rows(GpuSelection<T> s, bool few_rows) {
-  const int64_t waves = kThreads / wave_width();
-  if (has_candidates(s) && (s.capacity >= 0 || s.state->must_search == 0))
-    for (int64_t i = blockIdx.x * waves + wave_of_thread(); i < s.num_atoms; i += gridDim.x * waves) {
-      const uint32_t count = choose_in_row(s, CandidateRow<T>(s, i));
-      if (lane_of_thread() == 0) s.row_counts[i] = count;
-    }
+  const auto choose = [&](const auto& row) {
+    const uint32_t count = choose_in_row(s, row);
+    if (lane_of_thread() == 0) s.row_counts[row.i] = count;
+  };
+  if (has_candidates(s) && (s.capacity >= 0 || s.state->must_search == 0)) {
+    if (has_jumped(s))
+      for_each_row<true>(s, choose);
+    else
+      for_each_row<false>(s, choose);
+  }
   if (!few_rows || !is_last_block(&s.state->counted)) return;
   scan_by_one_block<kThreads>(s.row_counts, s.num_atoms, s.offsets);
   if (threadIdx.x == 0) tell(s);
@@ -208,9 +267,9 @@ __global__ void tell_count(GpuSelection<T> s) {
   tell(s);
 }
 
-template <typename T>
-__device__ inline void write_row(const GpuSelection<T>& s, const CandidateRow<T>& row, const GpuPairs<T>& out,
-                                 T* stage) {
+template <typename T, bool kJumped>
+__device__ inline void write_row(const GpuSelection<T>& s, const CandidateRow<T, kJumped>& row,
+                                 const GpuPairs<T>& out, T* stage) {
   const int lane = lane_of_thread(), width = wave_width();
   int64_t to = s.offsets[row.i];
   for (int64_t p0 = row.first; p0 < row.last; p0 += width) {
@@ -219,22 +278,22 @@ __device__ inline void write_row(const GpuSelection<T>& s, const CandidateRow<T>
     const bool chosen = rank != kNoPair;
     const uint64_t votes = wave_ballot(chosen);
     const int count = count_bits(votes), below = count_bits(votes & bits_below(lane));
-    Link link{0};
+    Shift shift{0, 0, 0};
     Vec3<T> v{0, 0, 0};
     if (chosen) {
-      link = s.kept.links[p];
-      v = row.vector(s, link);
+      const Link link = s.kept.links[p];
+      shift = row.shift(s, link);
+      v = row.vector(s, link, shift);
       out.mapping[to + below] = row.i;
       out.mapping[out.num_pairs + to + below] = link.j();
       if (out.links != nullptr) {
         const int64_t reverse = s.kept.offsets[link.j()] + link.rank();
-        out.links[to + below] =
-            Link::make(link.j(), s.ranks[reverse], link.shift(0), link.shift(1), link.shift(2));
+        out.links[to + below] = Link::make(link.j(), s.ranks[reverse], shift.s0, shift.s1, shift.s2);
       }
     }
-    // Who is not chosen stands behind those who are.
+    // Unselected candidates follow the selected ones.
     const int place = chosen ? below : count + lane - below;
-    store_triples_at(out.shifts + 3 * to, place, count, link.shift(0), link.shift(1), link.shift(2),
+    store_triples_at(out.shifts + 3 * to, place, count, shift.s0, shift.s1, shift.s2,
                      reinterpret_cast<int32_t*>(stage));
     store_triples_at(out.vectors + 3 * to, place, count, v.x, v.y, v.z, stage);
     to += count;
@@ -249,9 +308,12 @@ __global__ __launch_bounds__(kThreads) void fill_rows(GpuSelection<T> s, GpuPair
     pad_slots(padding, out);
     if (padding.has_failed()) return;
   }
-  const int64_t waves = kThreads / wave_width();
-  for (int64_t i = blockIdx.x * waves + wave_of_thread(); i < s.num_atoms; i += gridDim.x * waves)
-    write_row(s, CandidateRow<T>(s, i), out, stages + 3 * wave_of_thread() * wave_width());
+  T* stage = stages + 3 * wave_of_thread() * wave_width();
+  const auto write = [&](const auto& row) { write_row(s, row, out, stage); };
+  if (has_jumped(s))
+    for_each_row<true>(s, write);
+  else
+    for_each_row<false>(s, write);
   if (s.order == nullptr) return;
   const int64_t n = s.num_atoms, b = s.num_systems + 1, step = int64_t(gridDim.x) * kThreads;
   for (int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x; k < std::max(n, b); k += step) {
@@ -392,6 +454,12 @@ void keep_candidates(const GpuSearch<T>& s, const Link* unsorted, const GpuCandi
   const int64_t blocks = std::min<int64_t>(s.num_atoms, int64_t(1) << 20);
   DIFFNL_LAUNCH(sort_links<T>, blocks, kThreads, stream, s, unsorted, kept.links);
   DIFFNL_LAUNCH(keep_search<T>, blocks_for(s.num_atoms, kWavesOfBlock), kThreads, stream, s, kept);
+}
+
+int exchange_capture_mode(int mode) {
+  hipStreamCaptureMode held = static_cast<hipStreamCaptureMode>(mode);
+  check_call(hipThreadExchangeStreamCaptureMode(&held), "hipThreadExchangeStreamCaptureMode");
+  return static_cast<int>(held);
 }
 
 #define DIFFNL_INSTANTIATE(T)                                                         \

@@ -150,7 +150,7 @@ __device__ inline Summary summarize(const GpuSearch<T>& s) {
   out.num_bins = s.state->num_bins;
   out.longest_row = s.state->longest_row;
   out.linkable = is_linkable(s);
-  out.must_search = 0;
+  out.must_search = out.jumped = 0;
   return out;
 }
 

@@ -1,8 +1,12 @@
-// How long the candidates of a search go on to hold every pair while atoms move and cells change, for every
-// backend.
+// How long the candidates of a search go on to hold every pair while atoms move and jump and cells change, for
+// every backend.
 //
-// Let F = h_old^-1 h_new carry the old cell into the new one, and u_i = r_i - r_i,old F. A pair that was v_old
-// apart is v = v_old F + (u_j - u_i) apart now, so
+// Let F = h_old^-1 h_new carry the old cell into the new one, let n_i be integers, 0 on open axes, and
+//
+//     u_i = r_i - (r_i,old + n_i h_old) F = (r_i - r_i,old F) - n_i h_new
+//
+// What was the pair (i, j, S_old) is the pair (i, j, S) with S = S_old + n_i - n_j now, and its vector has become
+// v = v_old F + (u_j - u_i). So
 //
 //     |v| >= sigma_min(F) |v_old| - 2 max |u|
 //
@@ -10,18 +14,33 @@
 //
 //     sigma_min(F) radius - 2 max |u| >= cutoff
 //
-// in each system for itself. Both sides leave room for the rounding of vectors in T.
+// in each system for itself. All of this holds for any integers n. The nearest ones are taken, so that u is what
+// is left of a move when whole lattice vectors are taken off: an atom that was wrapped into the cell has jumped,
+// not moved. Where two are equally near, or rounding prefers the other one, u is as short but for that rounding.
+//
+// Rounding (`margin`): of v in T, by the search then and by the test now; of F and u in float64. Each is relative
+// to what is rounded: r_j - r_i and S h, not r, in the first; r itself in the second.
 #pragma once
 
 #include "pair_geometry.h"
 
 namespace diffnl {
 
-// A system's cell at the time of the search and now.
+// A system at the time of the search and now.
 struct Drift {
   SearchCell old, now;
   double F[9];
-  double stretch;  // sigma_min(F)
+  double stretch;                       // sigma_min(F)
+  double still2;                        // no atom jumps whose |r - r_old F|^2 is below
+  double old_origin[3], now_origin[3];  // where one of its atoms was, and is
+};
+
+// The integers n of an atom. With the fourth they are one word.
+struct alignas(4) Jump {
+  static constexpr int kFarthest = 127;  // a jump further than that counts as motion
+  int8_t n[4];
+
+  DIFFNL_HD bool any() const { return (n[0] | n[1] | n[2]) != 0; }
 };
 
 // The least singular value of a 3 x 3 matrix, never too large by more than rounding.
@@ -47,7 +66,7 @@ DIFFNL_HD inline double least_singular_value(const double* m) {
   return std::sqrt(std::max(mean + spread * root, 0.0));
 }
 
-// False for a cell that no search would take.
+// False for a cell that no search would take. An origin is still to be set.
 template <typename T>
 DIFFNL_HD inline bool make_drift(const T* old_cell, const T* cell, const bool* pbc, Drift& out) {
   if (!make_search_cell(old_cell, pbc, out.old) || !make_search_cell(cell, pbc, out.now)) return false;
@@ -56,34 +75,104 @@ DIFFNL_HD inline bool make_drift(const T* old_cell, const T* cell, const bool* p
     for (int c = 0; c < 3; ++c)
       out.F[3 * r + c] = inverse[3 * r] * h[c] + inverse[3 * r + 1] * h[3 + c] + inverse[3 * r + 2] * h[6 + c];
   out.stretch = least_singular_value(out.F);
+  for (int c = 0; c < 3; ++c) out.old_origin[c] = out.now_origin[c] = 0.0;
+  // A fractional coordinate of u is at most |u| / height: below 1/2 it rounds to 0.
+  out.still2 = std::numeric_limits<double>::infinity();
+  for (int k = 0; k < 3; ++k)
+    if (pbc[k]) out.still2 = std::min(out.still2, 0.25 * out.now.height[k] * out.now.height[k]);
   return true;
 }
 
-// |u|^2; not finite if a position is not.
+// `from` and `to` of any atom of the system: what is far from zero need not be far from it.
 template <typename T>
-DIFFNL_HD inline double squared_move(const Drift& drift, const T* from, const T* to) {
+DIFFNL_HD inline void set_origin(Drift& drift, const T* from, const T* to) {
+  for (int c = 0; c < 3; ++c) {
+    drift.old_origin[c] = static_cast<double>(from[c]);
+    drift.now_origin[c] = static_cast<double>(to[c]);
+  }
+}
+
+// |u|^2 and n of an atom; not finite if a position is not.
+template <typename T>
+DIFFNL_HD inline double squared_move(const Drift& drift, const T* from, const T* to, Jump& jump) {
   const double x = static_cast<double>(from[0]), y = static_cast<double>(from[1]),
                z = static_cast<double>(from[2]);
-  double squared = 0.0;
+  const double *F = drift.F, *h = drift.now.h;
+  double u[3], squared = 0.0;
   for (int c = 0; c < 3; ++c) {
-    const double u = static_cast<double>(to[c]) - (x * drift.F[c] + y * drift.F[3 + c] + z * drift.F[6 + c]);
-    squared += u * u;
+    u[c] = static_cast<double>(to[c]) - (x * F[c] + y * F[3 + c] + z * F[6 + c]);
+    squared += u[c] * u[c];
   }
-  return squared;
+  jump = Jump{};
+  if (squared < drift.still2 || !std::isfinite(squared)) return squared;
+  const Vec3<double> q = fractional(drift.now, {u[0], u[1], u[2]});
+  const double n[3] = {drift.now.periodic[0] ? std::round(q.x) : 0.0,
+                       drift.now.periodic[1] ? std::round(q.y) : 0.0,
+                       drift.now.periodic[2] ? std::round(q.z) : 0.0};
+  for (int k = 0; k < 3; ++k)
+    if (!(std::abs(n[k]) <= Jump::kFarthest)) return squared;
+  double left = 0.0;
+  for (int c = 0; c < 3; ++c) {
+    const double rest = u[c] - cell_translation(n[0], n[1], n[2], h, c);
+    left += rest * rest;
+  }
+  for (int k = 0; k < 3; ++k) jump.n[k] = static_cast<int8_t>(n[k]);
+  return left;
+}
+
+// How far the atom is from the origin, then and now: max |component|.
+template <typename T>
+DIFFNL_HD inline double distance_from_origin(const Drift& drift, const T* from, const T* to) {
+  double largest = 0.0;
+  for (int c = 0; c < 3; ++c) {
+    const double then = std::abs(static_cast<double>(from[c]) - drift.old_origin[c]),
+                 now = std::abs(static_cast<double>(to[c]) - drift.now_origin[c]);
+    largest = std::max(largest, std::max(then, now));
+  }
+  return largest;
+}
+
+// The rounding of a vector v of atoms that are `apart` is at most `relative` (|v| + apart), by six roundings of
+// terms no larger than v, r_j - r_i and S h: |S_k| <= |v - (r_j - r_i)| / height_k.
+struct VectorRounding {
+  double relative;
+  bool images_blur;  // a search might refuse: see `make_reach`
+};
+
+template <typename T>
+DIFFNL_HD inline VectorRounding vector_rounding(const SearchCell& cell, double apart, double radius) {
+  const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
+  double slant = 0.0, translation = 0.0, spacing = std::numeric_limits<double>::infinity();
+  for (int k = 0; k < 3; ++k) {
+    if (!cell.periodic[k]) continue;
+    slant += cell.length[k] / cell.height[k];
+    translation += ((radius + apart) / cell.height[k] + 2.0) * cell.length[k];
+    spacing = std::min(spacing, cell.height[k]);
+  }
+  return {16.0 * eps * (slant + 1.0), eps * translation > spacing / 8.0};
 }
 
 // By how much candidates to `radius` reach beyond all pairs of a system closer than `cutoff`; they hold these
-// while that is not negative. `moved2` is the largest |u|^2, `largest` bounds |component| of the positions now.
+// while that is not negative. `moved2` is the largest |u|^2, `spread` the largest distance from the origin.
 template <typename T>
-DIFFNL_HD inline double margin(const Drift& drift, double moved2, double largest, double cutoff, double radius) {
-  const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
-  // |S_k| <= |v - (r_j - r_i)| / height_k for any pair that could matter.
-  const double apart = radius + 4.0 * largest;
-  double translation = 0.0;
-  for (int k = 0; k < 3; ++k)
-    if (drift.now.periodic[k]) translation += (apart / drift.now.height[k] + 1.0) * drift.now.length[k];
-  const double rounding = 16.0 * eps * (translation + apart) + 1e-7 * radius;
-  return drift.stretch * (radius - rounding) - 2.0 * std::sqrt(moved2) - (cutoff + rounding);
+DIFFNL_HD inline double margin(const Drift& drift, double moved2, double spread, double cutoff, double radius) {
+  const double apart = 4.0 * spread;  // 2 sqrt(3) would do
+  const VectorRounding then = vector_rounding<T>(drift.old, apart, radius),
+                       now = vector_rounding<T>(drift.now, apart, radius);
+  if (then.images_blur || now.images_blur || !(now.relative < 0.5))
+    return -std::numeric_limits<double>::infinity();
+  const double held = radius - then.relative * (radius + apart);  // candidates hold what was closer than that
+  const double reach = (cutoff + now.relative * apart) / (1.0 - now.relative);  // no pair is longer than that
+  // Inverting h_old amplifies the rounding of F and r F, and n h_new cancels against what it is taken from.
+  double largest = spread, lengths = 0.0;
+  for (int k = 0; k < 3; ++k) {
+    largest = std::max(largest, spread + std::max(std::abs(drift.old_origin[k]), std::abs(drift.now_origin[k])));
+    const double length = drift.now.periodic[k] ? drift.now.length[k] : 1.0;
+    lengths += length / drift.old.height[k] + length / drift.now.height[k];
+  }
+  const double carrying = 64.0 * std::numeric_limits<double>::epsilon() *
+                          std::max(drift.old.condition, drift.now.condition) * lengths * (largest + radius);
+  return drift.stretch * held - 2.0 * (std::sqrt(moved2) + carrying) - reach - 1e-7 * radius;
 }
 
 }  // namespace diffnl

@@ -21,8 +21,10 @@
 #define hipMemcpyAsync cudaMemcpyAsync
 #define hipMemcpyDeviceToHost cudaMemcpyDeviceToHost
 #define hipMemsetAsync cudaMemsetAsync
+#define hipStreamCaptureMode cudaStreamCaptureMode
 #define hipStreamSynchronize cudaStreamSynchronize
 #define hipStream_t cudaStream_t
 #define hipSuccess cudaSuccess
+#define hipThreadExchangeStreamCaptureMode cudaThreadExchangeStreamCaptureMode
 #define hipLaunchKernelGGL(kernel, grid, block, shared, stream, ...) \
   kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)

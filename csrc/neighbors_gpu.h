@@ -87,6 +87,7 @@ struct Summary {
   uint32_t longest_row;
   uint32_t linkable;     // segments and shifts fit
   uint32_t must_search;  // of a selection: the candidates do not hold all pairs
+  uint32_t jumped;       // of a selection: atoms have, since the candidates were searched
 };
 
 // Small state of a search on the device, zero at the start.

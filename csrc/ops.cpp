@@ -61,9 +61,11 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
       "compact_candidates(Tensor mapping, Tensor shifts, Tensor? system_idx, SymInt num_atoms, SymInt "
       "num_systems) "
       "-> (Tensor offsets, Tensor j, Tensor image, Tensor images)");
+  // Whether they hold all pairs still, and by how many lattice vectors atoms have jumped since (drift.h).
   m.def(
-      "candidates_margins(Tensor old_positions, Tensor old_cell, Tensor positions, Tensor cell, Tensor pbc, "
-      "Tensor? system_idx, float cutoff, float radius) -> Tensor margins");
+      "candidates_margins(Tensor old_positions, Tensor old_cell, Tensor offsets, Tensor j, Tensor image, Tensor "
+      "images, Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float cutoff, float radius) "
+      "-> (Tensor margins, Tensor jumps)");
   // Those of some systems of a batch replaced by others, whose rows are `atoms` and whose images' systems are
   // `systems` of the batch.
   m.def(
@@ -73,8 +75,8 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
       "-> (Tensor offsets, Tensor j, Tensor image, Tensor images)");
   // With a capacity, a padded list.
   m.def(
-      "select_candidates(Tensor positions, Tensor cell, Tensor offsets, Tensor j, Tensor image, Tensor images, "
-      " float cutoff, int? capacity=None) "
+      "select_candidates(Tensor positions, Tensor cell, Tensor? system_idx, Tensor offsets, Tensor j, Tensor "
+      "image, Tensor images, Tensor? jumps, float cutoff, int? capacity=None) "
       "-> (Tensor mapping, Tensor shifts, Tensor vectors, Tensor num_pairs)");
   // Candidates (candidates_gpu.h), of a full list: on a GPU. Links and rows as of a linked list, rows of links in
   // order of (j, S); of a list that cannot be linked both are empty.
@@ -82,12 +84,12 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
       "search_candidates(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float radius) "
       "-> (Tensor links, Tensor rows)");
   // The pairs within a shorter cutoff, sorted. `count` is -1 if, when asked, the candidates turn out not to hold
-  // them all. Links and rows are empty unless `linked`.
+  // them all, `jumped` whether atoms have jumped since (drift.h). Links and rows are empty unless `linked`.
   m.def(
       "select_linked(Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, Tensor kept_positions, "
       "Tensor kept_cell, Tensor kept_pbc, Tensor? kept_system_idx, Tensor links, Tensor rows, float cutoff, "
       "float radius, bool full, bool linked, bool ask) "
-      "-> (int count, Tensor mapping, Tensor shifts, Tensor vectors, Tensor links, Tensor rows)");
+      "-> (int count, bool jumped, Tensor mapping, Tensor shifts, Tensor vectors, Tensor links, Tensor rows)");
   // The same padded: the device searches anew if it must, and keeps what it has found. `num_candidates` (), at
   // first -1, is the `num_pairs` of a padded list; `tally` (2,) counts searches, and calls that did without.
   m.def(
@@ -96,6 +98,9 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
       "Tensor(e!) kept_links, Tensor(f!) kept_rows, Tensor(g!) num_candidates, Tensor(h!) tally, float cutoff, "
       "float radius, int capacity, bool full, bool linked) -> (Tensor mapping, Tensor shifts, Tensor vectors, "
       "Tensor num_pairs, Tensor links, Tensor rows)");
+  // Sets what this thread may do while it captures a graph, as cudaThreadExchangeStreamCaptureMode does: what has
+  // to be there before the first replay is made in the meantime.
+  m.def("exchange_capture_mode(Tensor like, int mode) -> int");
   m.def("build_info() -> str");
 }
 

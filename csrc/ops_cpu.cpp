@@ -285,41 +285,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_candidates(const Tensor& offset
   return {merged_offsets, *merged_j, *merged_image, images_tensor(offsets, found)};
 }
 
-// (B,) float64, for each system; not negative where the candidates hold all pairs.
-Tensor candidates_margins(const Tensor& old_positions, const Tensor& old_cell, const Tensor& positions,
-                          const Tensor& cell, const Tensor& pbc, const std::optional<Tensor>& system_idx,
-                          double cutoff, double radius) {
+// (B,) float64, for each system: not negative where the candidates hold all pairs. And the jumps (N, 4) int8 of
+// the atoms; none where no atom has jumped.
+std::tuple<Tensor, Tensor> candidates_margins(const Tensor& old_positions, const Tensor& old_cell,
+                                              const Tensor& offsets, const Tensor& j, const Tensor& image,
+                                              const Tensor& images, const Tensor& positions, const Tensor& cell,
+                                              const Tensor& pbc, const std::optional<Tensor>& system_idx,
+                                              double cutoff, double radius) {
   check_search(positions, cell, pbc);
   check_shape(old_positions, "old_positions", {positions.size(0), 3});
   check_dtype(old_positions, "old_positions", positions.scalar_type());
   check_cell(old_cell, positions.scalar_type());
   require(num_systems_of(old_cell) == num_systems_of(cell), "`old_cell` must have the shape of `cell`");
+  check_shape(offsets, "offsets", {positions.size(0) + 1});
+  const Candidates candidates = candidates_of(offsets, j, image, images);
   const Tensor r0 = packed(old_positions), h0 = packed(old_cell), r = packed(positions), h = packed(cell);
   const Tensor flags = packed(pbc);
   const std::optional<Tensor> systems = packed(system_idx);
   const Tensor margins = empty(positions, {num_systems_of(h)}, ScalarType::Double);
+  const Tensor jumps = empty(positions, {r.size(0)}, ScalarType::Int);
+  bool any = false;
   by_dtype(r, [&](auto zero) {
     using T = decltype(zero);
-    find_margins<T>({data<T>(r0), data<T>(r), data<T>(h0), data<T>(h), data<bool>(flags), flags.dim() == 1 ? 0 : 3,
-                     system_data(systems, r.size(0)), r.size(0), num_systems_of(h)},
-                    cutoff, radius, mutable_data<double>(margins));
+    any = find_margins<T>(
+        {data<T>(r0), data<T>(r), data<T>(h0), data<T>(h), data<bool>(flags), flags.dim() == 1 ? 0 : 3,
+         system_data(systems, r.size(0)), r.size(0), num_systems_of(h)},
+        candidates, cutoff, radius, mutable_data<double>(margins), static_cast<Jump*>(jumps.mutable_data_ptr()));
   });
-  return margins;
+  return {margins, any ? jumps : empty(positions, {0}, ScalarType::Int)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_candidates(const Tensor& positions, const Tensor& cell,
+                                                             const std::optional<Tensor>& system_idx,
                                                              const Tensor& offsets, const Tensor& j,
                                                              const Tensor& image, const Tensor& images,
-                                                             double cutoff, std::optional<int64_t> capacity) {
+                                                             const std::optional<Tensor>& jumps, double cutoff,
+                                                             std::optional<int64_t> capacity) {
   check_vectors(positions, cell);
   const Tensor r = packed(positions), h = packed(cell);
   check_shape(offsets, "offsets", {r.size(0) + 1});
   const Candidates candidates = candidates_of(offsets, j, image, images);
+  const std::optional<Tensor> systems = packed(system_idx), steps = packed(jumps);
+  if (steps.has_value()) {
+    check_shape(*steps, "jumps", {r.size(0)});
+    check_dtype(*steps, "jumps", ScalarType::Int);
+  }
+  const Jumps jumped{steps.has_value() ? static_cast<const Jump*>(steps->const_data_ptr()) : nullptr,
+                     system_data(systems, r.size(0)), num_systems_of(h)};
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> found;
   by_dtype(r, [&](auto zero) {
     using T = decltype(zero);
     const auto select = [&](const auto& allocate) {
-      select_cpu<T>(candidates, data<T>(r), data<T>(h), cutoff, allocate);
+      select_cpu<T>(candidates, jumped, data<T>(r), data<T>(h), cutoff, allocate);
     };
     if (capacity.has_value()) {
       found = padded_list<T>(r, cutoff, *capacity, select);

@@ -70,6 +70,7 @@ class Selection {
 
     work_.add(s.state, 1);
     work_.add(s.row_counts, n);
+    work_.add(s.jumps, n);
     cleared_ = work_.bytes();
     work_.add(s.drifts, s.num_systems);
     work_.add(s.ranks, s.kept.room);
@@ -135,8 +136,8 @@ std::tuple<Tensor, Tensor> search_candidates(const Tensor& positions, const Tens
   });
 }
 
-// The number of pairs, -1 if the candidates do not hold them all, then the list.
-std::tuple<int64_t, Tensor, Tensor, Tensor, Tensor, Tensor> select_linked(
+// The number of pairs, -1 if the candidates do not hold them all; whether atoms have jumped; then the list.
+std::tuple<int64_t, bool, Tensor, Tensor, Tensor, Tensor, Tensor> select_linked(
     const Tensor& positions, const Tensor& cell, const Tensor& pbc, const std::optional<Tensor>& system_idx,
     const Tensor& kept_positions, const Tensor& kept_cell, const Tensor& kept_pbc,
     const std::optional<Tensor>& kept_system_idx, const Tensor& links, const Tensor& rows, double cutoff,
@@ -161,8 +162,8 @@ std::tuple<int64_t, Tensor, Tensor, Tensor, Tensor, Tensor> select_linked(
     Found found = *made;
     found.rows = work.rows;
     if (summary.must_search == 0) fill_selected(s, pointers<T>(found, count), on.stream());
-    return std::tuple(summary.must_search != 0 ? int64_t(-1) : count, found.mapping, found.shifts, found.vectors,
-                      found.links, found.rows);
+    return std::tuple(summary.must_search != 0 ? int64_t(-1) : count, summary.jumped != 0, found.mapping,
+                      found.shifts, found.vectors, found.links, found.rows);
   });
 }
 
@@ -211,6 +212,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> padded_select_linked(
   });
 }
 
+int64_t exchange_mode(const Tensor& like, int64_t mode) {
+  const OnDevice on(like);
+  return exchange_capture_mode(static_cast<int>(mode));
+}
+
 }  // namespace
 
 }  // namespace diffnl
@@ -219,4 +225,5 @@ STABLE_TORCH_LIBRARY_IMPL(diffnl, DIFFNL_GPU_KEY, m) {
   m.impl("search_candidates", TORCH_BOX(&diffnl::search_candidates));
   m.impl("select_linked", TORCH_BOX(&diffnl::select_linked));
   m.impl("padded_select_linked", TORCH_BOX(&diffnl::padded_select_linked));
+  m.impl("exchange_capture_mode", TORCH_BOX(&diffnl::exchange_mode));
 }

@@ -136,19 +136,25 @@ def compact_candidates(
 def candidates_margins(
     old_positions: Tensor,
     old_cell: Tensor,
+    candidates: tuple[Tensor, ...],
     positions: Tensor,
     cell: Tensor,
     pbc: Tensor,
     system_idx: Tensor | None,
     cutoff: float,
     radius: float,
-) -> Tensor:
-    """(B,) float64, for each system by how much the pairs to `radius` of old positions and cell reach beyond
-    all pairs to `cutoff` of the new ones, which they hold where that is not negative."""
+) -> tuple[Tensor, Tensor]:
+    """Whether candidates, pairs to `radius` of old positions and cell, hold all pairs to `cutoff` now.
+
+    Returns margins (B,) float64, for each system by how much they reach beyond these, negative if they do
+    not; and jumps (N,) int32, three signed bytes each: by how many lattice vectors an atom was moved. (0,) if
+    none was.
+    """
     return _call(
         torch.ops.diffnl.candidates_margins.default,
         old_positions,
         old_cell,
+        *candidates,
         positions,
         cell,
         pbc,
@@ -171,22 +177,23 @@ def merge_candidates(
 def select_candidates(
     positions: Tensor,
     cell: Tensor,
-    offsets: Tensor,
-    j: Tensor,
-    image: Tensor,
-    images: Tensor,
+    system_idx: Tensor | None,
+    candidates: tuple[Tensor, ...],
+    jumps: Tensor | None,
     cutoff: float,
     capacity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The candidates within the cutoff: mapping, shifts, vectors, num_pairs; padded with a capacity."""
+    """The candidates within the cutoff: mapping, shifts, vectors, num_pairs; padded with a capacity.
+
+    `jumps`: of the atoms since the search, if there are any.
+    """
     return _call(
         torch.ops.diffnl.select_candidates.default,
         positions,
         cell,
-        offsets,
-        j,
-        image,
-        images,
+        system_idx,
+        *candidates,
+        jumps,
         cutoff,
         capacity,
     )
@@ -255,8 +262,8 @@ def select_linked(inputs: tuple, kept: tuple, cutoff: float, radius: float, *opt
 
     `inputs` and the first four of `kept` are positions, cell, pbc and system_idx, now and when the candidates
     were searched; links and rows follow. `options`: full, linked, and whether to ask if the candidates hold
-    all pairs. Returns their number, -1 if they do not, then mapping, shifts, vectors, links and rows; the
-    last two are empty unless the list is full and linked.
+    all pairs. Returns their number, -1 if they do not; if asked, whether atoms have jumped since; then
+    mapping, shifts, vectors, links and rows; the last two are empty unless the list is full and linked.
     """
     return _call_on(torch.ops.diffnl.select_linked.default, *inputs, *kept, cutoff, radius, *options)
 
@@ -271,6 +278,15 @@ def padded_select_linked(
     """
     operator = torch.ops.diffnl.padded_select_linked.default
     return _call(operator, *inputs, *kept, cutoff, radius, capacity, *options)
+
+
+RELAXED_CAPTURE = 2  # cudaStreamCaptureModeRelaxed, and HIP's
+
+
+def exchange_capture_mode(like: Tensor, mode: int) -> int:
+    """Sets what this thread may do while a graph is captured (cudaThreadExchangeStreamCaptureMode), on the
+    device of `like`, and returns what that was."""
+    return _call(torch.ops.diffnl.exchange_capture_mode.default, like, mode)
 
 
 def padded_neighbor_pairs(

@@ -212,13 +212,12 @@ class LinkedPaddedSearch(Search):
 
 
 class Selection(Search):
-    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ..., candidates -> mapping (2, P), shifts (P, 3), vectors
-    (P, 3), num_pairs (); with a capacity, a padded list."""
+    """positions (N, 3), cell (B, 3, 3), pbc (B, 3), ..., candidates, jumps -> mapping (2, P), shifts (P, 3),
+    vectors (P, 3), num_pairs (); with a capacity, a padded list."""
 
     @staticmethod
-    def forward(positions, cell, pbc, system_idx, offsets, j, image, images, cutoff, capacity):
-        compact = offsets, j, image, images
-        return _ops.select_candidates(positions, cell, *compact, cutoff, capacity)
+    def forward(positions, cell, pbc, system_idx, candidates, jumps, cutoff, capacity):
+        return _ops.select_candidates(positions, cell, system_idx, candidates, jumps, cutoff, capacity)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -2,14 +2,19 @@
 
 Candidates to cutoff + skin are kept from one search. While they are known to hold every pair (the criterion
 and its proof: csrc/drift.h), a call selects from them by the exact test, with the positions and cell of that
-call: the same pairs and bits as a fresh sorted list, and gradients of what the call was given.
+call: the same pairs and bits as a fresh sorted list, and gradients of what the call was given. Atoms that
+have jumped by lattice vectors, as wrapping makes them, have not moved: the shifts of their candidates follow.
 
 On the CPU the host asks whether they hold. On a GPU the device does, and the answer comes with the number of
 pairs; with a capacity nobody on the host learns it, and the device searches by itself.
+
+What is kept belongs to the options and shapes of a call, so that training and validation may take turns; on a
+GPU also to a stream and a thread. A call in a graph owns the memory that its replays write.
 """
 
 import math
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,19 +23,34 @@ from torch import Tensor
 from . import _ops, _validate
 from .autograd import Found, Selection, nobody_differentiates, transforms_active, wants_links
 
+# Of how many options and shapes a layer keeps candidates: those that were used last.
+MOST_KEPT = 4
+
 
 @dataclass(frozen=True)
 class _Candidates:
     """A search and what it was for."""
 
+    key: tuple  # what the host can compare: options and shapes, then the stream
     inputs: tuple  # positions, cell, pbc, system_idx
-    options: tuple  # what the host can compare
     found: tuple[Tensor, ...]
-    stream: int = 0
 
-    def fit(self, options: tuple, device: torch.device) -> bool:
-        """What another stream writes may still be on its way; whoever captures a graph has waited for it."""
-        return self.options == options and (self.stream == _stream(device) or _validate.is_capturing(device))
+
+def _look_up(kept: tuple[_Candidates, ...], key: tuple) -> _Candidates | None:
+    return next((candidates for candidates in kept if candidates.key == key), None)
+
+
+def _put_first(kept: tuple[_Candidates, ...], latest: _Candidates) -> tuple[_Candidates, ...]:
+    if kept and kept[0] is latest:
+        return kept
+    return latest, *[other for other in kept if other.key != latest.key][: MOST_KEPT - 1]
+
+
+class _OfThread(threading.local):
+    """What is kept on GPUs, the latest first: candidates, and memory for those of padded lists."""
+
+    candidates: tuple[_Candidates, ...] = ()
+    padded: tuple[_Candidates, ...] = ()
 
 
 class Skin:
@@ -45,8 +65,14 @@ class Skin:
     def __init__(self) -> None:
         self._counts = [0, 0]
         self._tallies: dict[torch.device, Tensor] = {}
-        self._candidates: _Candidates | None = None
-        self._of_thread = threading.local()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all candidates, also those that captured graphs write: these must not be replayed again."""
+        for device in {candidates.found[0].device for candidates in getattr(self, "_captured", ())}:
+            torch.cuda.synchronize(device)  # a replay may be under way, on any stream
+        self._on_cpu: tuple[_Candidates, ...] = ()
+        self._of_thread = _OfThread()
         self._captured: list[_Candidates] = []
 
     def __reduce__(self):
@@ -88,23 +114,23 @@ class Skin:
         return [found[:4] for found in lists]
 
     def _find_on_cpu(self, where: tuple, now: tuple, cutoffs, skin, full, capacity):
-        longest = max(cutoffs)
-        options = longest, skin, full
-        kept = self._candidates
-        margins = None if kept is None or kept.options != options else _margins(kept, now)
+        key = max(cutoffs), skin, full, *_shapes(now)
+        kept = _look_up(self._on_cpu, key)
+        margins, jumps = (None, None) if kept is None else _moves(kept, now)
         reused = margins is not None and bool((margins >= 0).all())
         self._counts[reused] += 1
         if not reused:
-            kept = self._candidates = _search_on_cpu(now, options, kept, margins)
+            kept, jumps = _search_on_cpu(now, key, kept, margins, jumps)
+        self._on_cpu = _put_first(self._on_cpu, kept)
         select = Selection.forward if nobody_differentiates(*where[:2]) else Selection.call
-        return [select(*where, *kept.found, cutoff, capacity) for cutoff in cutoffs]
+        return [select(*where, kept.found, jumps, cutoff, capacity) for cutoff in cutoffs]
 
     def _find_on_gpu(self, now: tuple, cutoffs, skin, full, linked):
         radius = max(cutoffs) + skin
-        device, options = now[0].device, (radius, full, *_shapes(now))
-        kept = getattr(self._of_thread, "candidates", None)
+        key = radius, full, *_shapes(now), _stream(now[0].device)
+        kept = _look_up(self._of_thread.candidates, key)
         lists = None
-        if kept is not None and kept.fit(options, device):
+        if kept is not None:
             if not kept.found:
                 return None
             lists = self._select(now, kept, cutoffs, radius, full, linked, ask=True)
@@ -113,10 +139,10 @@ class Skin:
             links, rows = _ops.search_candidates(*now, radius)
             # Whose pairs cannot be linked is searched every time.
             compact = (links, rows) if rows.shape[0] > 0 else ()
-            kept = _Candidates(tuple(map(_own, now)), options, compact, _stream(device))
-            self._of_thread.candidates = kept
+            kept = _Candidates(key, tuple(map(_own, now)), compact)
             if compact:
                 lists = self._select(now, kept, cutoffs, radius, full, linked, ask=False)
+        self._of_thread.candidates = _put_first(self._of_thread.candidates, kept)
         return lists
 
     @staticmethod
@@ -124,11 +150,11 @@ class Skin:
         """A list for each cutoff; None if it turns out that the candidates do not hold all pairs."""
         lists: dict = {}
         for cutoff in sorted(set(cutoffs), reverse=True):
-            # Who holds the pairs of the longest holds the others.
-            first = ask and not lists
-            count, *found = _ops.select_linked(
-                now, (*kept.inputs, *kept.found), cutoff, radius, full, linked, first
+            count, jumped, *found = _ops.select_linked(
+                now, (*kept.inputs, *kept.found), cutoff, radius, full, linked, ask
             )
+            # Candidates that hold the pairs of the longest hold the others. Jumps must be found again.
+            ask = jumped
             if count < 0:
                 return None
             mapping, shifts, vectors, links, rows = found
@@ -136,29 +162,58 @@ class Skin:
         return [lists[cutoff] for cutoff in cutoffs]
 
     def _find_padded_on_gpu(self, now: tuple, cutoff, skin, full, linked, capacity):
-        device, options = now[0].device, (cutoff, skin, full, capacity, *_shapes(now))
-        kept = getattr(self._of_thread, "padded", None)
-        if kept is None or not kept.fit(options, device):
-            kept = self._of_thread.padded = self._make_room(now, options)
-        if _validate.is_capturing(device) and all(kept is not other for other in self._captured):
-            self._captured.append(kept)  # a graph writes to it for as long as it is replayed
+        device = now[0].device
+        options = cutoff, skin, full, capacity, *_shapes(now)
+        if _validate.is_capturing(device):
+            kept = self._give_to_graph(now, options)
+        else:
+            key = *options, _stream(device)
+            kept = _look_up(self._of_thread.padded, key) or self._make_room(now, key)
+            self._of_thread.padded = _put_first(self._of_thread.padded, kept)
         arguments = (*kept.inputs, *kept.found)
         return _ops.padded_select_linked(now, arguments, cutoff, cutoff + skin, capacity, full, linked)
 
-    def _make_room(self, now: tuple, options: tuple) -> _Candidates:
+    def _give_to_graph(self, now: tuple, options: tuple) -> _Candidates:
+        """Memory that one call of one graph writes, for as long as the graph is replayed."""
+        # Whoever captures has waited for what other streams have done.
+        kept = next((room for room in self._of_thread.padded if room.key[:-1] == options), None)
+        if kept is None:
+            with _outside_of_capture(now[0]):
+                kept = self._make_room(now, options)
+        self._of_thread.padded = tuple(room for room in self._of_thread.padded if room is not kept)
+        self._captured.append(kept)
+        return kept
+
+    def _make_room(self, now: tuple, key: tuple) -> _Candidates:
         """Candidates that are still to be found, in memory that stays where it is."""
         positions, cell, *_ = now
-        cutoff, skin, full, capacity, *_ = options
+        cutoff, skin, full, capacity, *_ = key
         device = positions.device
         num_rows = _ops.num_rows(positions.shape[0], _validate.num_systems(cell))
         if device not in self._tallies:
-            self._tallies[device] = torch.zeros(2, dtype=torch.int64, device=device)
+            self._tallies.setdefault(device, torch.zeros(2, dtype=torch.int64, device=device))
         room = math.ceil(capacity * candidates_a_pair(cutoff, skin)) * (1 if full else 2)
         links, rows = (torch.zeros(n, dtype=torch.int64, device=device) for n in (max(room, 1), num_rows))
         num_candidates = torch.full((), -1, dtype=torch.int64, device=device)
         blank = tuple(None if t is None else _own(torch.zeros_like(t)) for t in now)
-        found = links, rows, num_candidates, self._tallies[device]
-        return _Candidates(blank, options, found, _stream(device))
+        return _Candidates(key, blank, (links, rows, num_candidates, self._tallies[device]))
+
+
+@contextmanager
+def _outside_of_capture(like: Tensor):
+    """For what a graph that is being captured must find done, but not do at each replay."""
+    device = like.device
+    mode = _ops.exchange_capture_mode(like, _ops.RELAXED_CAPTURE)
+    try:
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            while _validate.is_capturing(device):  # torch has few streams, and hands them out in turn
+                stream = torch.cuda.Stream(device)
+                torch.cuda.set_stream(stream)
+            yield
+            stream.synchronize()
+    finally:
+        _ops.exchange_capture_mode(like, mode)
 
 
 def candidates_a_pair(cutoff: float, skin: float) -> float:
@@ -171,56 +226,55 @@ def _own(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _margins(kept: _Candidates, now: tuple) -> Tensor | None:
-    """(B,) not negative where the candidates hold all pairs of a system; None if they are of other atoms."""
-    positions, cell, pbc, system_idx = now
+def _moves(kept: _Candidates, now: tuple) -> tuple[Tensor | None, Tensor | None]:
+    """Margins (B,), not negative where the candidates hold all pairs of a system, and jumps (N,), if there
+    are any; no margins if the candidates are of other atoms."""
+    pbc, system_idx = now[2:]
     old_positions, old_cell, old_pbc, old_system_idx = kept.inputs
-    cutoff, skin, _ = kept.options
-    if (
-        old_positions.shape != positions.shape
-        or old_positions.dtype != positions.dtype
-        or old_cell.shape != cell.shape
-        or not torch.equal(old_pbc, pbc)
-        or (old_system_idx is None) != (system_idx is None)
-        or (system_idx is not None and not torch.equal(old_system_idx, system_idx))
+    if not torch.equal(old_pbc, pbc) or (
+        system_idx is not None and not torch.equal(old_system_idx, system_idx)
     ):
-        return None
-    return _ops.candidates_margins(old_positions, old_cell, *now, cutoff, cutoff + skin)
+        return None, None
+    cutoff, skin, *_ = kept.key
+    margins, jumps = _ops.candidates_margins(old_positions, old_cell, kept.found, *now, cutoff, cutoff + skin)
+    return margins, jumps if len(jumps) > 0 else None
 
 
 def _search_on_cpu(
-    now: tuple, options: tuple, kept: _Candidates | None, margins: Tensor | None
-) -> _Candidates:
-    """Candidates of all systems, some of which may keep their old ones.
+    now: tuple, key: tuple, kept: _Candidates | None, margins: Tensor | None, jumps: Tensor | None
+) -> tuple[_Candidates, Tensor | None]:
+    """Candidates of all systems, some of which may keep their old ones, and the jumps since.
 
     Those with half of their margin keep them. The others would have their turn soon, and each turn has its
     price: so systems that are alike are searched together, and one that is hotter alone (benchmarks/skin.py).
     """
-    holds = None if margins is None else margins >= 0.5 * options[1]
+    holds = None if margins is None else margins >= 0.5 * key[1]
     if holds is not None and holds.any():
         try:
-            return _search_others(now, kept, holds)
+            return _search_others(now, kept, holds, jumps)
         except ValueError:
             pass  # bad input, which the search of all names by its number
-    return _Candidates(tuple(map(_own, now)), options, _compact(now, options))
+    return _Candidates(key, tuple(map(_own, now)), _compact(now, key)), None
 
 
-def _search_others(now: tuple, kept: _Candidates, holds: Tensor) -> _Candidates:
+def _search_others(
+    now: tuple, kept: _Candidates, holds: Tensor, jumps: Tensor | None
+) -> tuple[_Candidates, Tensor | None]:
     positions, cell, pbc, system_idx = now
     systems = (~holds).nonzero()[:, 0]
     number = torch.zeros_like(holds, dtype=torch.int64)
-    number[systems] = torch.arange(len(systems))
+    number[systems] = torch.arange(len(systems), device=systems.device)
     atoms = (~holds)[system_idx].nonzero()[:, 0]
     part = positions[atoms], cell[systems], pbc if pbc.ndim == 1 else pbc[systems], number[system_idx[atoms]]
-    found = _ops.merge_candidates(kept.found, _compact(part, kept.options), atoms, systems, len(holds))
+    found = _ops.merge_candidates(kept.found, _compact(part, kept.key), atoms, systems, len(holds))
     old_positions, old_cell, *rest = kept.inputs
     inputs = old_positions.index_copy(0, atoms, part[0]), old_cell.index_copy(0, systems, part[1]), *rest
-    return _Candidates(inputs, kept.options, found)
+    return _Candidates(kept.key, inputs, found), None if jumps is None else jumps.index_fill(0, atoms, 0)
 
 
-def _compact(now: tuple, options: tuple) -> tuple[Tensor, ...]:
+def _compact(now: tuple, key: tuple) -> tuple[Tensor, ...]:
     positions, cell, _, system_idx = now
-    cutoff, skin, full = options
+    cutoff, skin, full, *_ = key
     mapping, shifts, _ = _ops.neighbor_pairs(*now, cutoff + skin, full, True)
     num_systems = _validate.num_systems(cell)
     return _ops.compact_candidates(mapping, shifts, system_idx, positions.shape[0], num_systems)

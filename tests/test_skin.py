@@ -173,11 +173,9 @@ def change(kind, positions, cell, pbc, system_idx):
         return positions, cell[:1], pbc[:1], torch.zeros_like(system_idx)
     if kind == "dtype":
         return positions.to(torch.float32), cell.to(torch.float32), pbc, system_idx
-    if kind == "wrapped":
-        return positions + cell[system_idx, 0], cell, pbc, system_idx
 
 
-KINDS = ["atoms", "order", "pbc_0", "pbc_1", "pbc_2", "system_idx", "systems", "dtype", "wrapped"]
+KINDS = ["atoms", "order", "pbc_0", "pbc_1", "pbc_2", "system_idx", "systems", "dtype"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
