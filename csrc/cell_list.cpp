@@ -7,7 +7,11 @@ namespace diffnl {
 
 namespace {
 
-constexpr int64_t kAtomBlock = 4096;  // atoms a parallel block: enough to pay for handing it out
+// f(first, last) for blocks of the atoms, of which each needs about 60 ns.
+template <typename F>
+void for_blocks_of_atoms(int64_t num_atoms, const F& f) {
+  parallel_blocks(num_atoms, 4096, 60.0 * static_cast<double>(num_atoms), f);
+}
 
 template <typename T>
 bool all_finite(const T* values, int64_t count) {
@@ -68,7 +72,7 @@ template <typename T>
 void CellList<T>::wrap(const SearchInput<T>& in) {
   q_.resize(static_cast<size_t>(in.num_atoms));
   w_.resize(static_cast<size_t>(in.num_atoms));
-  parallel_blocks(in.num_atoms, kAtomBlock, [&](int64_t first, int64_t last) {
+  for_blocks_of_atoms(in.num_atoms, [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g) {
       const T* p = in.positions + 3 * atom_at(g);
       const Vec3<double> r{static_cast<double>(p[0]), static_cast<double>(p[1]), static_cast<double>(p[2])};
@@ -117,7 +121,7 @@ template <typename T>
 void CellList<T>::sort_into_bins(const SearchInput<T>& in) {
   const size_t n = static_cast<size_t>(in.num_atoms);
   std::vector<int64_t> key(n), order(n);
-  parallel_blocks(in.num_atoms, kAtomBlock, [&](int64_t first, int64_t last) {
+  for_blocks_of_atoms(in.num_atoms, [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g) {
       const System& s = system(system_at(g));
       key[static_cast<size_t>(g)] = bin_key(s, q_[static_cast<size_t>(g)]);
@@ -159,7 +163,7 @@ void CellList<T>::sort_into_bins(const SearchInput<T>& in) {
   atoms_.index.resize(n);
   atoms_.key.resize(n);
   atoms_.system.resize(n);
-  parallel_blocks(in.num_atoms, kAtomBlock, [&](int64_t first, int64_t last) {
+  for_blocks_of_atoms(in.num_atoms, [&](int64_t first, int64_t last) {
     for (int64_t a = first; a < last; ++a) {
       const size_t to = static_cast<size_t>(a), from = static_cast<size_t>(order[to]);
       const int64_t i = atom_at(static_cast<int64_t>(from));

@@ -300,12 +300,33 @@ void traverse_bin(const Search<T>& search, int64_t first, int64_t last, Tile<T>&
   sink.finish(first, last);
 }
 
+// About how many nanoseconds one thread needs for a traversal: for the tests of candidates, and for the runs and
+// columns of each atom.
+template <typename T>
+double work_of(const Search<T>& search) {
+  constexpr double per_candidate = 0.5, per_atom = 500.0;
+  double candidates = 0.0;
+  for (int64_t b = 0; b < search.in.num_systems; ++b) {
+    const System& system = search.list.system(b);
+    const double n = static_cast<double>(system.num_atoms);
+    if (n == 0.0) continue;
+    double share = 1.0;  // of the system's atoms, counted once an image, that are candidates of each
+    for (int k = 0; k < 3; ++k) {
+      const AxisBins& axis = system.axis[k];
+      const double bins = static_cast<double>(2 * axis.reach + 1) / static_cast<double>(axis.bins);
+      share *= system.cell.periodic[k] ? bins : std::min(bins, 1.0);
+    }
+    candidates += n * n * share;
+  }
+  return per_candidate * candidates + per_atom * static_cast<double>(search.in.num_atoms);
+}
+
 // Hands every atom's candidates to the sinks: `make_sink()` makes one for each block of sorted atoms.
 template <typename T, typename MakeSink>
 void traverse(const Search<T>& search, Budget& budget, const MakeSink& make_sink) {
   const int64_t n = search.in.num_atoms;
-  const int64_t block = std::clamp<int64_t>(n / (8 * int64_t(torch::stable::get_num_threads())), 16, 512);
-  parallel_blocks(n, block, [&](int64_t begin, int64_t end) {
+  const double work = work_of(search);
+  parallel_blocks(n, block_of_rows(n, work), work, [&](int64_t begin, int64_t end) {
     const SortedAtoms<T>& atoms = search.list.atoms();
     auto sink = make_sink();
     Tile<T> tile;

@@ -1,4 +1,5 @@
-// Work over torch's intra-op threads (torch.set_num_threads is respected).
+// Work over torch's intra-op threads (torch.set_num_threads is respected). Every parallel region of the CPU
+// backend goes through `parallel_blocks`.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,26 +8,56 @@
 #include <atomic>
 #include <cstdint>
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 namespace diffnl {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether this process came from fork(). The threads of OpenMP exist in the parent only, but the child's copy of
+// the OpenMP runtime believes in them, and a parallel region would wait for them for ever.
+inline std::atomic<bool> is_forked_child{false};
+#if !defined(_WIN32)
+inline const int fork_handler =
+    pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
+#endif
+
+// From how much work on threads are used, in nanoseconds that one thread needs. On an idle machine two threads
+// take as long as one for 50 to 100 us of work, and three quarters of the time from 300 us on. Where other
+// programs keep the cores busy, each region waits for the system to run the other thread: 4 to 16 ms, however
+// small the work. So threads must be worth more than what they gain on a quiet machine.
+constexpr double kWorkForThreads = 250e3;
+
+inline int64_t threads_for(double work) {
+  const bool alone = work < kWorkForThreads || is_forked_child.load(std::memory_order_relaxed);
+  return alone ? 1 : int64_t(torch::stable::get_num_threads());
+}
+
+// Rows a block: few enough that all threads have some to the end. What rows share is done once a block.
+inline int64_t block_of_rows(int64_t num_rows, double work) {
+  constexpr int64_t least = 16, most = 512;
+  const int64_t threads = threads_for(work);
+  return threads == 1 ? most : std::clamp(num_rows / (8 * threads), least, most);
+}
+
 // Calls f(first, last) on consecutive blocks of [0, size), handed to threads as they become free: rows are
-// uneven (a slab has empty regions). Who runs a block never shows in a result. f must not throw: an
-// exception would lose its text on the way through torch's C interface.
+// uneven (a slab has empty regions). `work` is about how many nanoseconds one thread needs for all of them. Who
+// runs a block never shows in a result. f must not throw: an exception would lose its text on the way through
+// torch's C interface.
 template <typename F>
-inline void parallel_blocks(int64_t size, int64_t block, const F& f) {
+inline void parallel_blocks(int64_t size, int64_t block, double work, const F& f) {
   const int64_t num_blocks = ceil_div(size, block);
-  if (num_blocks <= 1) {
-    if (size > 0) f(int64_t(0), size);
-    return;
-  }
   std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
+  const auto take_blocks = [&](int64_t, int64_t) {
     for (int64_t b = next++; b < num_blocks; b = next++) f(b * block, std::min(size, (b + 1) * block));
   };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), num_blocks);
-  torch::stable::parallel_for(0, threads, 1, work);
+  const int64_t threads = std::min(threads_for(work), num_blocks);
+  if (threads <= 1)
+    take_blocks(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, take_blocks);
 }
 
 }  // namespace diffnl

@@ -4,7 +4,10 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +50,48 @@ def test_dataloader_workers(method, threads):
         assert_same_bits(pairs, layer(*SYSTEMS[name].arguments()))
         assert torch.equal(pairs.distances, pairs.vectors.square().sum(-1).sqrt())
     assert seen == names
+
+
+FORKING = Path(__file__).parent / "forking.py"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
+@pytest.mark.parametrize("num_atoms", ["50", "5000"])
+def test_a_forked_child_of_a_process_that_has_used_threads(num_atoms, cpu_backend):
+    """The child waited for ever for threads that only its parent had, in the list and in the gradients."""
+    command = [sys.executable, str(FORKING), num_atoms]
+    script = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert script.returncode == 0, script.stdout + script.stderr
+    assert script.stdout == f"{num_atoms} same bits\n"
+
+
+NUMBER_OF_THREADS = """
+import os, torch, diffnl
+torch.set_num_threads(2)
+def threads_after(num_atoms):
+    edge = (num_atoms / 0.1) ** (1 / 3)
+    positions = edge * torch.rand(num_atoms, 3)
+    cell = edge * torch.eye(3)
+    inputs = positions.requires_grad_(), cell.requires_grad_()
+    diffnl.NeighborList(6.0, skin=0.5)(*inputs, True)
+    vectors = diffnl.neighbor_pairs(*inputs, True, 6.0).vectors
+    grad = torch.empty(vectors.shape).numpy()
+    torch.autograd.grad(vectors, inputs, torch.from_numpy(grad))
+    return len(os.listdir("/proc/self/task"))
+torch.rand(3).requires_grad_().sum().backward()  # whatever threads autograd wants
+before = threads_after(1)
+print(threads_after(60) - before, threads_after(3000) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_list_of_60_atoms_makes_no_threads(cpu_backend):
+    """On a busy machine, where each use of threads waits for milliseconds, 60 atoms took a hundred times as
+    long with two threads as with one."""
+    script = subprocess.run(
+        [sys.executable, "-c", NUMBER_OF_THREADS], capture_output=True, text=True, timeout=100
+    )
+    assert script.stdout == "0 1\n", script.stdout + script.stderr
 
 
 def test_several_python_threads_at_once(device):
