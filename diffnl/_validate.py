@@ -125,12 +125,14 @@ def system_idx(value: Tensor | None, like: Tensor) -> Tensor | None:
 
 def systems(
     cell: Tensor | None, pbc: Tensor, system_idx: Tensor | None, positions: Tensor, *, may_wait: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Settles the number of systems B; returns `cell`, (3, 3) or (B, 3, 3), and `pbc`, (3,) or (B, 3).
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Settles the number of systems B; returns `cell`, (3, 3) or (B, 3, 3), `pbc`, (3,) or (B, 3), and
+    `system_idx`.
 
     B is the number of cells. Without a cell it is the number of rows of a (B, 3) `pbc`, or one more than the
-    largest `system_idx`, or 1. Unless it `may_wait` for the device, it does not look: a `pbc` that is true
-    without a cell is then a singular cell, which the search finds.
+    largest `system_idx`, or 1. Without a cell systems are groups of atoms and nothing else: if most would be
+    empty, they are numbered anew, so that a stray number costs nothing. Unless it `may_wait` for the device,
+    it does not look: a `pbc` that is true without a cell is then a singular cell, which the search finds.
     """
     if may_wait and positions.is_meta and not is_traced():
         raise ValueError(
@@ -149,6 +151,11 @@ def systems(
             )
         elif system_idx is not None and system_idx.numel() > 0:
             count = max(int(system_idx.max()) + 1, 1)
+            if has_values(system_idx) and count > 2 * positions.shape[0]:
+                if int(system_idx.min()) < 0:
+                    system_of_atom(system_idx, positions.new_zeros((1, 0, 0)).expand(count, 0, 0), positions)
+                used, system_idx = torch.unique(system_idx, return_inverse=True)
+                count = len(used)
         else:
             count = 1
         cell = positions.new_zeros((count, 3, 3))
@@ -158,7 +165,7 @@ def systems(
             f"`pbc` must have shape (3,) or (B, 3) with B = {count}, the number of cells; got {_shape(pbc)}"
         )
     atoms_have_systems(cell, system_idx, positions)
-    return cell, pbc
+    return cell, pbc, system_idx
 
 
 def atoms_have_systems(cell: Tensor, system_idx: Tensor | None, positions: Tensor) -> None:

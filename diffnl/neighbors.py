@@ -240,7 +240,8 @@ def _find(
     cell = None if cell is None else _validate.cell(cell, positions)
     pbc = _pbc.flags(pbc, positions, cell)
     system_idx = _validate.system_idx(system_idx, positions)
-    cell, pbc = _validate.systems(cell, pbc, system_idx, positions, may_wait=capacity is None)
+    may_wait = capacity is None
+    cell, pbc, system_idx = _validate.systems(cell, pbc, system_idx, positions, may_wait=may_wait)
     where = positions, cell, pbc, system_idx
     cutoffs = cutoff if isinstance(cutoff, tuple) else (cutoff,)
     lists = _find_kept(where, cutoffs, skin, full, capacity, kept) if skin > 0 else None

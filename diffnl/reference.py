@@ -39,7 +39,7 @@ def neighbor_pairs(
     cell = None if cell is None else _validate.cell(cell, positions)
     pbc = _pbc.flags(pbc, positions, cell)
     system_idx = _validate.system_idx(system_idx, positions)
-    cell, pbc = _validate.systems(cell, pbc, system_idx, positions)
+    cell, pbc, system_idx = _validate.systems(cell, pbc, system_idx, positions)
     cell = cell.reshape(-1, 3, 3)
     pbc = pbc.expand(cell.shape[0], 3)
     _check_data(positions, cell, pbc, system_idx)

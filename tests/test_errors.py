@@ -481,3 +481,20 @@ def test_far_more_pairs_than_any_memory_holds(cpu_backend):
     with pytest.raises((RuntimeError, torch.OutOfMemoryError), match="memory"):
         call(positions=R.double(), cell=1e-2 * H.double(), cutoff=4e4)
     assert call().mapping.shape[1] > 0
+
+
+@pytest.mark.parametrize("search", [diffnl.neighbor_pairs, diffnl.reference.neighbor_pairs])
+def test_a_stray_system_idx_without_a_cell(search, device):
+    """Systems without cells are groups of atoms: 10^18 once meant as many cells of zeros."""
+    system_idx = torch.tensor([0, 10**18, 0, 3, 10**18, 3, 0, 10**18], device=device)
+    positions = torch.rand(8, 3, generator=torch.Generator().manual_seed(4)).to(device).requires_grad_()
+    pairs = search(positions, None, None, 1.0, system_idx, sorted=True)
+    near = search(positions, None, None, 1.0, system_idx.clamp(max=4), sorted=True)
+    assert_same_bits(pairs, near)
+    assert pairs.mapping.shape[1] > 0
+    (gradient,) = torch.autograd.grad(pairs.vectors.square().sum(), positions)
+    (expected,) = torch.autograd.grad(near.vectors.square().sum(), positions)
+    assert torch.equal(gradient, expected)
+    system_idx[2] = -1
+    with pytest.raises(ValueError, match=rf"`system_idx` must be in \[0, {10**18 + 1}\); got -1 for atom 2"):
+        search(positions, None, None, 1.0, system_idx)
