@@ -106,6 +106,7 @@ void CellList<T>::choose_grids(const SearchInput<T>& in) {
     const Reach reach = make_grid<T>(s.cell, range, in.cutoff, static_cast<double>(s.num_atoms), prices, s);
     if (reach.shift_overflows) data_error("shift_overflows", static_cast<int64_t>(b));
     if (reach.images_blur) data_error("images_blur", static_cast<int64_t>(b));
+    fewest_pairs_ += diffnl::fewest_pairs(s.cell, range, in.cutoff, static_cast<double>(s.num_atoms));
     std::copy_n(range.w_low, 3, s.lowest_wrap);
     double num_bins = 1.0;
     for (const AxisBins& axis : s.axis) num_bins *= static_cast<double>(axis.bins);

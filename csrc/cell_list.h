@@ -64,6 +64,7 @@ class CellList {
 
   const SortedAtoms<T>& atoms() const { return atoms_; }
   const System& system(int64_t b) const { return systems_[static_cast<size_t>(b)]; }
+  double fewest_pairs() const { return fewest_pairs_; }  // of a half list: there are no fewer
 
   // Calls visit(first, last, m) for each non-empty run of sorted atoms that may hold neighbours of the atoms
   // in bin `key` of system `b`; m are the three integers of the image the run is taken from. Ends early when visit
@@ -83,6 +84,7 @@ class CellList {
   std::vector<int32_t> system_;   // of the g-th grouped atom; empty when there is one system
   std::vector<Vec3<double>> q_;   // wrapped fractional coordinates of the g-th grouped atom
   std::vector<Vec3<double>> w_;   // its W
+  double fewest_pairs_ = 0.0;
   SortedAtoms<T> atoms_;
 
   int64_t atom_at(int64_t g) const { return grouped_.empty() ? g : grouped_[static_cast<size_t>(g)]; }

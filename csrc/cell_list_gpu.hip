@@ -141,18 +141,6 @@ __device__ inline void wrap_atoms_from(const GpuSearch<T>& s, int64_t first, int
   widen(s.systems[current], range, num_atoms, batch);
 }
 
-// How many pairs a system has at least, where it is periodic on all axes: each atom meets each other in as many
-// images as cells lie wholly within the cutoff. Tells a cutoff in the wrong unit before anything is counted.
-__device__ inline double fewest_pairs(const GpuSystem& system, double cutoff) {
-  const SearchCell& cell = system.cell;
-  if (!cell.periodic[0] || !cell.periodic[1] || !cell.periodic[2]) return 0.0;
-  const double lengths = cell.length[0] + cell.length[1] + cell.length[2];
-  const double radius = std::max(cutoff - lengths, 0.0);
-  const double volume = cell.length[0] * cell.length[1] * cell.length[2] / cell.condition;
-  const double n = static_cast<double>(system.num_atoms);
-  return n * n * (4.0 / 3.0 * 3.14159265358979) * radius * radius * radius / volume / 2.0;  // / 2: half lists
-}
-
 // Cuts the systems into bins and gives each its part of the atoms, of the table of slots and of the notes on the
 // stencil. By all threads of one block.
 template <int kBlock, typename T>
@@ -182,7 +170,7 @@ __device__ inline void make_all_grids(const GpuSearch<T>& s) {
         report(s.state, Fault::shift_overflows, b);
       } else if (reach.images_blur) {
         report(s.state, Fault::images_blur, b);
-      } else if (const double fewest = fewest_pairs(*system, s.cutoff);
+      } else if (const double fewest = fewest_pairs(system->cell, range, s.cutoff, n);
                  fewest > static_cast<double>(s.most_pairs)) {
         report(s.state, Fault::out_of_memory, static_cast<uint64_t>(std::min(fewest, 1e16)));
       } else {

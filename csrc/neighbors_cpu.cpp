@@ -353,7 +353,11 @@ void search_cpu(const SearchInput<T>& in, const std::vector<double>& shorter,
   lists.emplace_back(in.cutoff, n);
   for (const double cutoff : shorter) lists.emplace_back(cutoff, n);
 
-  Budget memory(pairs_in_memory<T>());
+  const int64_t most_pairs = pairs_in_memory<T>();
+  const double fewest_pairs = (in.full ? 2.0 : 1.0) * cells.fewest_pairs();
+  if (fewest_pairs > static_cast<double>(most_pairs))
+    data_error("out_of_memory", static_cast<int64_t>(std::min(fewest_pairs, 1e16)));
+  Budget memory(most_pairs);
   traverse(search, memory, [&] { return CountSink<T>{search, lists, {}}; });
   for (List<T>& list : lists)
     for (size_t i = 0; i < n; ++i) list.offsets[i + 1] = list.offsets[i] + list.next[i];

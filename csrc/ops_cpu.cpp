@@ -21,11 +21,11 @@ Tensor empty_on_large_pages(const Tensor& like, std::initializer_list<int64_t> s
 
 // Linux grants memory that it does not have. Asking for all of it at once, without touching it, fails where
 // three requests in turn would succeed and end in a killed process.
-void check_memory(int64_t num_pairs, int64_t bytes) {
-  if (bytes < (int64_t(1) << 26)) return;
+bool memory_suffices(int64_t bytes) {
+  if (bytes < (int64_t(1) << 26)) return true;
   void* probe = std::malloc(static_cast<size_t>(bytes));
-  if (probe == nullptr) data_error("out_of_memory", num_pairs);
   std::free(probe);
+  return probe != nullptr;
 }
 
 // Room for `capacity` pairs.
@@ -49,6 +49,18 @@ int64_t bytes_of(int64_t num_pairs) {
   return num_pairs * static_cast<int64_t>(28 + 3 * sizeof(T));
 }
 
+// `pairs_before` have memory already, of which nothing is written yet: it is promised, but not taken.
+template <typename T>
+Outputs make_outputs(const Tensor& positions, int64_t num_pairs, const char* error = "out_of_memory",
+                     int64_t pairs_before = 0) {
+  const int64_t most_pairs = std::numeric_limits<int64_t>::max() / bytes_of<T>(1) - pairs_before;
+  if (num_pairs > most_pairs || !memory_suffices(bytes_of<T>(num_pairs + pairs_before)))
+    data_error(error, num_pairs);
+  const auto made = if_memory_suffices([&] { return Outputs(positions, num_pairs); });
+  if (!made.has_value()) data_error(error, num_pairs);
+  return *made;
+}
+
 // What a search reads, contiguous and kept alive; calls run(SearchInput<float>) or run(SearchInput<double>).
 template <typename Run>
 auto with_search_input(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
@@ -57,6 +69,7 @@ auto with_search_input(const Tensor& positions, const Tensor& cell, const Tensor
   const ScalarType dtype = floating_dtype(positions);
   check_search(positions, cell, pbc);
   require(positions.size(0) < (int64_t(1) << 31), "`positions` must hold fewer than 2**31 atoms");
+  require(num_systems_of(cell) < (int64_t(1) << 31), "`cell` must hold fewer than 2**31 systems");
   const Tensor r = packed(positions), h = packed(cell), flags = packed(pbc);
   const std::optional<Tensor> systems = packed(system_idx);
   const auto input = [&](auto zero) {
@@ -94,9 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> padded_list(const Tensor& positions, 
                                                        const Find& find) {
   struct Overflow {};
   check_capacity(capacity);
-  check_memory(capacity, bytes_of<T>(capacity));
   const Tensor count = empty(positions, {}, ScalarType::Long);
-  const Outputs found(positions, capacity);
+  const Outputs found = make_outputs<T>(positions, capacity, "capacity_out_of_memory");
   const PairOutput<T> out = found.pointers<T>();
   int64_t& num_pairs = *mutable_data<int64_t>(count);
   const int64_t last_atom = std::max<int64_t>(positions.size(0) - 1, 0);
@@ -121,8 +133,7 @@ template <typename T, typename Find>
 Outputs exact_list(const Tensor& positions, const Find& find) {
   std::optional<Outputs> found;
   find([&](int64_t num_pairs) {
-    check_memory(num_pairs, bytes_of<T>(num_pairs));
-    found.emplace(positions, num_pairs);
+    found.emplace(make_outputs<T>(positions, num_pairs));
     return found->pointers<T>();
   });
   return *found;
@@ -146,9 +157,10 @@ std::vector<Tensor> neighbor_lists(const Tensor& positions, const Tensor& cell, 
   const std::vector<double> shorter(cutoffs.begin() + 1, cutoffs.end());
   const auto search = [&]<typename T>(const SearchInput<T>& in) {
     std::vector<Tensor> found;
+    int64_t pairs_before = 0;
     search_cpu<T>(in, shorter, [&](int64_t num_pairs) {
-      check_memory(num_pairs, bytes_of<T>(num_pairs));
-      const Outputs list(positions, num_pairs);
+      const Outputs list = make_outputs<T>(positions, num_pairs, "out_of_memory", pairs_before);
+      pairs_before += num_pairs;
       found.insert(found.end(), {list.mapping, list.shifts, list.vectors});
       return list.pointers<T>();
     });

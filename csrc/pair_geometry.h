@@ -287,6 +287,32 @@ DIFFNL_HD inline Reach make_grid(const SearchCell& cell, const AtomRange& range,
   return reach;
 }
 
+// How many pairs a half list of `num_atoms` atoms within `range` holds at least: each atom meets each other in as
+// many images as cells lie wholly within the cutoff, of which the extent along open axes takes its share. Tells a
+// cutoff in the wrong unit before anything is counted.
+DIFFNL_HD inline double fewest_pairs(const SearchCell& cell, const AtomRange& range, double cutoff,
+                                     double num_atoms) {
+  constexpr double unit_ball[4] = {1.0, 2.0, 3.14159265358979, 4.0 / 3.0 * 3.14159265358979};
+  int periodic = 0;
+  double lengths = 0.0, volume = 1.0 / cell.condition, across2 = 0.0;
+  for (int k = 0; k < 3; ++k) {
+    if (cell.periodic[k]) {
+      ++periodic;
+      lengths += cell.length[k];
+      volume *= cell.length[k];
+    } else {
+      const double across = range.q_high[k] - range.q_low[k];
+      across2 += across * across;
+    }
+  }
+  const double within = across2 > 0.0 ? std::sqrt(std::max(cutoff * cutoff - across2, 0.0)) : cutoff;
+  const double radius = within - lengths;
+  if (!(radius > 0.0)) return 0.0;
+  double images = unit_ball[periodic] / volume;
+  for (int k = 0; k < periodic; ++k) images *= radius;
+  return num_atoms * std::max(num_atoms * images - 1.0, 0.0) / 2.0;
+}
+
 DIFFNL_HD inline int64_t bin_on_axis(const Grid& grid, int k, double q) {
   const double position = (q - grid.origin[k]) * grid.bins_per_unit[k];
   return static_cast<int64_t>(std::min(std::max(position, 0.0), static_cast<double>(grid.axis[k].bins - 1)));

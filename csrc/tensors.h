@@ -172,6 +172,10 @@ inline Tensor front_of(const Tensor& t, std::initializer_list<int64_t> shape) {
   return Tensor(handle);
 }
 
+struct AllocationFailed : DataError {
+  explicit AllocationFailed(int64_t bytes) : DataError("no_memory", bytes, 0) {}
+};
+
 // torch.empty on the device of `like`. Straight from the C interface: torch::stable::new_empty goes through the
 // dispatcher, which costs as much as a kernel launch.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
@@ -197,8 +201,24 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   AtenTensorHandle handle = nullptr;
   const AOTITorchError error = aoti_torch_empty_strided(layout.dims, layout.sizes.data(), layout.strides.data(),
                                                         dtype_code, device, like.get_device_index(), &handle);
-  require(error == 0, "torch could not make a tensor");
+  if (error != 0) {
+    const bool wide = dtype == ScalarType::Long || dtype == ScalarType::Double;
+    int64_t bytes = dtype == ScalarType::Byte ? 1 : wide ? 8 : 4;
+    for (const int64_t size : shape) bytes *= size;
+    throw AllocationFailed(bytes);
+  }
   return Tensor(handle);
+}
+
+// What `make` makes, or nothing where torch does not give the memory for it. Why not, torch's C interface does not
+// say: diffnl/_validate.py asks for the same memory again, and raises what torch says then.
+template <typename Make>
+auto if_memory_suffices(const Make& make) -> std::optional<decltype(make())> {
+  try {
+    return make();
+  } catch (const AllocationFailed&) {
+    return std::nullopt;
+  }
 }
 
 }  // namespace diffnl

@@ -69,6 +69,9 @@ def _call(operator, *args):
             return operator(*args)
     except NotImplementedError as error:
         raise _validate.no_backend(*args) from error
+    except RuntimeError as error:
+        _validate.raise_memory_error(error, args[0])
+        raise
 
 
 def _call_on(operator, positions: Tensor, cell: Tensor | None, *args):

@@ -6,7 +6,6 @@ range, singular) is found by the search itself; `raise_data_error` gives it word
 """
 
 import re
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -397,22 +396,49 @@ def not_scriptable() -> TypeError:
     )
 
 
+def _fault_of(error: RuntimeError) -> tuple[str, int, int] | None:
+    """What the compiled library reports, and its numbers; None for any other error."""
+    found = re.search(r"diffnl: (\w+) (-?\d+) (-?\d+)", str(error))
+    return found and (found[1], int(found[2]), int(found[3]))
+
+
 def raise_data_error(error: RuntimeError, positions: Tensor, cell: Tensor | None) -> None:
     """Raises the user's form of a fault the compiled library reports; returns if `error` is not one."""
-    found = re.search(r"diffnl: (\w+) (-?\d+) (-?\d+)", str(error))
-    if found is None:
+    fault = _fault_of(error)
+    if fault is not None:
+        raise data_error(fault[0], positions, cell, *fault[1:]) from None
+
+
+# Codes of the compiled library for memory that torch did not give.
+MEMORY_ERRORS = {
+    "out_of_memory": (
+        "`cutoff`, with the `skin` if there is one, must leave few enough pairs to hold; got at least {a} "
+        "pairs, which need {bytes} bytes"
+    ),
+    "capacity_out_of_memory": "`capacity` must fit in memory; got {a} pairs, which need {bytes} bytes",
+    "no_memory": "the atoms and systems, or gradients of their pairs, need a tensor of {bytes} bytes",
+}
+
+
+def raise_memory_error(error: RuntimeError, like: Tensor) -> None:
+    """Raises torch's out-of-memory error in the user's words, for tensors like `like`; returns if `error` is
+    another one."""
+    fault = _fault_of(error)
+    if fault is None or fault[0] not in MEMORY_ERRORS:
         return
-    code, a, b = found[1], int(found[2]), int(found[3])
-    if code == "out_of_memory":
-        _raise_out_of_memory(a, positions)
-    raise data_error(code, positions, cell, a, b) from None
+    code, a, _ = fault
+    num_bytes = a if code == "no_memory" else a * (28 + 3 * like.element_size())
+    text = MEMORY_ERRORS[code].format(a=a, bytes=num_bytes)
+    raise torch.OutOfMemoryError(f"out of memory: {text}") from _refusal(num_bytes, like.device)
 
 
-def _raise_out_of_memory(num_pairs: int, positions: Tensor) -> NoReturn:
-    # The stable ABI cannot carry torch's own exception out of C++, so the same request is made here.
-    size = 28 + 3 * positions.element_size()
-    torch.empty((num_pairs, size), dtype=torch.uint8, device=positions.device)
-    raise torch.OutOfMemoryError(
-        f"out of memory: `cutoff` must leave few enough pairs to hold; got at least {num_pairs}, which need "
-        f"{num_pairs * size} bytes"
-    )
+def _refusal(num_bytes: int, device: torch.device) -> torch.OutOfMemoryError | None:
+    """What torch says of a request for so much memory. Its C interface did not say why it gave none: on a GPU
+    an earlier kernel may have failed, which is then raised here."""
+    if device.type == "cpu":
+        return None  # the allocator's file, line and number of bytes
+    try:
+        torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as reason:
+        return reason
+    return None
