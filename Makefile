@@ -71,7 +71,7 @@ hostgpu32 hostgpu64: hostgpu%: $(VENV)/test.installed
 	build/$@/test_shim
 	PYTHONPATH=build/$@ $(BIN)/python -P -c "$(call expect,build/$@,hostgpu)"
 	$(QUICK) $(ORDER) PYTHONPATH=build/$@ $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) \
-	    tests/test_accepted.py tests/test_autograd.py tests/test_errors.py tests/test_kernels.py $(ARGS)
+	    tests/test_accepted.py tests/test_autograd.py tests/test_errors.py tests/test_kernels.py tests/test_limits.py $(ARGS)
 
 hostgpu-asan: $(VENV)/test.installed
 	DIFFNL_BACKEND=hostgpu DIFFNL_WAVE=64 DIFFNL_SANITIZE=1 $(call build_into,build/$@)

@@ -438,7 +438,8 @@ void ask_candidates(const GpuSelection<T>& s, GpuStream stream) {
 template <typename T>
 void count_selected(const GpuSelection<T>& s, GpuStream stream) {
   const bool few_rows = s.num_atoms <= kFewCounts;
-  DIFFNL_LAUNCH(count_rows<T>, blocks_for(s.num_atoms, kWavesOfBlock), kThreads, stream, s, few_rows);
+  DIFFNL_LAUNCH(count_rows<T>, blocks_in_turns(s.num_atoms, kWavesOfBlock, kThreads), kThreads, stream, s,
+                few_rows);
   if (few_rows) return;
   scan_counts(s.row_counts, s.num_atoms, s.partial_sums, s.offsets, nullptr, nullptr, stream);
   DIFFNL_LAUNCH(tell_count<T>, 1, 1, stream, s);
@@ -446,14 +447,14 @@ void count_selected(const GpuSelection<T>& s, GpuStream stream) {
 
 template <typename T>
 void fill_selected(const GpuSelection<T>& s, const GpuPairs<T>& out, GpuStream stream) {
-  DIFFNL_LAUNCH(fill_rows<T>, blocks_for(s.num_atoms, kWavesOfBlock), kThreads, stream, s, out);
+  DIFFNL_LAUNCH(fill_rows<T>, blocks_in_turns(s.num_atoms, kWavesOfBlock, kThreads), kThreads, stream, s, out);
 }
 
 template <typename T>
 void keep_candidates(const GpuSearch<T>& s, const Link* unsorted, const GpuCandidates<T>& kept, GpuStream stream) {
-  const int64_t blocks = std::min<int64_t>(s.num_atoms, int64_t(1) << 20);
+  const int64_t blocks = blocks_in_turns(std::min<int64_t>(s.num_atoms, int64_t(1) << 20), 1, kThreads);
   DIFFNL_LAUNCH(sort_links<T>, blocks, kThreads, stream, s, unsorted, kept.links);
-  DIFFNL_LAUNCH(keep_search<T>, blocks_for(s.num_atoms, kWavesOfBlock), kThreads, stream, s, kept);
+  DIFFNL_LAUNCH(keep_search<T>, blocks_in_turns(s.num_atoms, kWavesOfBlock, kThreads), kThreads, stream, s, kept);
 }
 
 int exchange_capture_mode(int mode) {

@@ -217,6 +217,8 @@ void mark_end_of_count(GpuStream stream) {
   check_call(hipEventRecord(event_of_thread(), static_cast<hipStream_t>(stream)), "hipEventRecord");
 }
 
+void wait_quietly(GpuStream stream) { (void)hipStreamSynchronize(static_cast<hipStream_t>(stream)); }
+
 void wait_for_summary() { check_call(hipEventSynchronize(event_of_thread()), "the search"); }
 
 template <typename T>

@@ -111,27 +111,61 @@ constexpr int kThreads = 256;  // a block of the kernels that have no reason for
 constexpr int64_t kSmall = 2048;
 constexpr int kSmallThreads = 512;
 
+// How many blocks of so many threads one launch can have: AMD counts the threads of a launch in 32 bits, NVIDIA
+// its blocks in 31.
+inline int64_t most_blocks(int64_t threads) {
+#if defined(DIFFNL_CUDA)
+  (void)threads;
+  return INT32_MAX;
+#elif defined(DIFFNL_HOSTGPU)
+  return hostgpu::most_threads() / threads;
+#else
+  return std::min<int64_t>(INT32_MAX, UINT32_MAX / threads);
+#endif
+}
+
+inline int64_t blocks_for(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// The same for kernels whose blocks take more of the work when they are done: fewer blocks do where not all fit.
+inline int64_t blocks_in_turns(int64_t size, int64_t block, int64_t threads) {
+  return std::min(blocks_for(size, block), most_blocks(threads));
+}
+
+[[noreturn]] inline void launch_error(const char* kernel, const std::string& what) {
+  throw std::runtime_error(std::string("diffnl: the kernel `") + kernel + "` " + what);
+}
+
+// The runtime keeps the last error of the host thread, whoever made it, until somebody asks. One that is there
+// before a launch is not the launch's: it is told as what it is, once. "Not ready" is an answer, not an error.
+inline unsigned grid_of_launch(const char* kernel, int64_t blocks, int64_t threads) {
+  if (blocks > most_blocks(threads))
+    launch_error(kernel, "takes " + std::to_string(blocks) + " blocks, and this device " +
+                             std::to_string(most_blocks(threads)) + " at once: the input is too large");
+  const hipError_t earlier = hipGetLastError();
+  if (earlier != hipSuccess && earlier != hipErrorNotReady)
+    launch_error(kernel, std::string("was not launched: an earlier GPU operation of this program had failed: ") +
+                             hipGetErrorString(earlier));
+  return static_cast<unsigned>(blocks);
+}
+
 inline void check_launch(const char* kernel) {
   const hipError_t error = hipGetLastError();
-  if (error != hipSuccess)
-    throw std::runtime_error(std::string("diffnl: the kernel `") + kernel +
-                             "` could not be launched: " + hipGetErrorString(error));
+  if (error != hipSuccess) launch_error(kernel, std::string("could not be launched: ") + hipGetErrorString(error));
 }
 
 inline void check_call(hipError_t error, const char* what) {
-  if (error != hipSuccess)
-    throw std::runtime_error(std::string("diffnl: ") + what + " failed: " + hipGetErrorString(error));
+  if (error == hipSuccess) return;
+  (void)hipGetLastError();  // told here: the next launch must not find it
+  throw std::runtime_error(std::string("diffnl: ") + what + " failed: " + hipGetErrorString(error));
 }
 
 // A macro, because the message names the kernel. A kernel with two template arguments comes in parentheses.
-#define DIFFNL_LAUNCH(kernel, blocks, threads, stream, ...)                           \
-  do {                                                                                \
-    hipLaunchKernelGGL(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, \
-                       static_cast<hipStream_t>(stream), __VA_ARGS__);                \
-    check_launch(#kernel);                                                            \
+#define DIFFNL_LAUNCH(kernel, blocks, threads, stream, ...)                                      \
+  do {                                                                                           \
+    hipLaunchKernelGGL(kernel, dim3(grid_of_launch(#kernel, blocks, threads)), dim3(threads), 0, \
+                       static_cast<hipStream_t>(stream), __VA_ARGS__);                           \
+    check_launch(#kernel);                                                                       \
   } while (false)
-
-inline int64_t blocks_for(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 // ------------------------------------------------------------------------------------- whole blocks
 

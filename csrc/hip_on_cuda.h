@@ -5,6 +5,7 @@
 
 #define hipDeviceAttributeMultiprocessorCount cudaDevAttrMultiProcessorCount
 #define hipDeviceGetAttribute cudaDeviceGetAttribute
+#define hipErrorNotReady cudaErrorNotReady
 #define hipError_t cudaError_t
 #define hipEventCreateWithFlags cudaEventCreateWithFlags
 #define hipEventDisableTiming cudaEventDisableTiming

@@ -179,6 +179,19 @@ __global__ __launch_bounds__(kThreads) void pad_list(GpuSearch<T> s, GpuPairs<T>
   pad_slots(padding_of(s), out);
 }
 
+// Memory behind the pairs, up to `room`, belongs to tensors of the user, who may save them: zeros, not what
+// happened to be there.
+template <typename T>
+__device__ inline void clear_spare(const GpuPairs<T>& out, int64_t room) {
+  const int64_t thread = int64_t(blockIdx.x) * kSearchThreads + threadIdx.x;
+  const int64_t step = int64_t(gridDim.x) * kSearchThreads;
+  for (int64_t k = 2 * out.num_pairs + thread; k < 2 * room; k += step) out.mapping[k] = 0;
+  for (int64_t k = 3 * out.num_pairs + thread; k < 3 * room; k += step) {
+    out.shifts[k] = 0;
+    out.vectors[k] = 0;
+  }
+}
+
 // Unless `room` is negative, the number of pairs has to be read here, and nothing is written where they exceed it.
 template <typename T>
 __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s, GpuPairs<T> out, int64_t room) {
@@ -194,6 +207,7 @@ __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s
     if (s.capacity < 0) out.num_pairs = num_pairs;
     if (!is_linkable(s)) out.links = nullptr;
     if (s.state->fault != 0 || s.state->abandoned != 0 || num_pairs > room) return;
+    if (s.capacity < 0) clear_spare(out, room);
   }
   const uint32_t num_bins = s.state->num_bins, shares = shares_of_bins(num_bins);
   FillSink<T> sink{s, home, near, rows, out, {0, 1}};
@@ -208,7 +222,7 @@ __global__ DIFFNL_LAUNCH_BOUNDS(kSearchThreads, 7) void fill_bins(GpuSearch<T> s
 template <typename T>
 void fill_pairs(const GpuSearch<T>& s, uint32_t num_bins, const GpuPairs<T>& out, GpuStream stream) {
   if (out.num_pairs == 0) return;
-  const int64_t blocks = int64_t(num_bins) * shares_of_bins(num_bins);
+  const int64_t blocks = blocks_in_turns(int64_t(num_bins) * shares_of_bins(num_bins), 1, kSearchThreads);
   DIFFNL_LAUNCH(fill_bins<T>, blocks, kSearchThreads, stream, s, out, int64_t(-1));
 }
 
@@ -224,7 +238,7 @@ void fill_pairs_if_they_fit(const GpuSearch<T>& s, int64_t room, const GpuPairs<
 template <typename T>
 void pad_pairs(const GpuSearch<T>& s, const GpuPairs<T>& out, GpuStream stream) {
   if (s.capacity == 0) return;
-  DIFFNL_LAUNCH(pad_list<T>, blocks_for(s.capacity, kThreads), kThreads, stream, s, out);
+  DIFFNL_LAUNCH(pad_list<T>, blocks_in_turns(s.capacity, kThreads, kThreads), kThreads, stream, s, out);
 }
 
 #define DIFFNL_INSTANTIATE(T)                                                                        \

@@ -54,10 +54,11 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
   GpuSearch<T>& s = work.s;
   const int64_t n = s.num_atoms;
   s.most_pairs = pairs_in_device_memory<T>();
-  s.summary = summary_of_thread();
+  PendingCount pending(on.stream());
+  s.summary = pending.summary;
   s.likely_bins = guess.bins(n);
   work.count(on.stream());
-  mark_end_of_count(on.stream());
+  pending.mark();
 
   const double volumes = static_cast<double>(n) * cutoff * cutoff * cutoff * (full ? 1.0 : 0.5);
   const int64_t bytes_a_pair = 28 + 3 * static_cast<int64_t>(sizeof(T)) + (linked ? 8 : 0);
@@ -66,8 +67,7 @@ Found search(const Tensor& positions, const Tensor& cell, const Tensor& pbc,
   if (room > 0) roomy = if_memory_suffices([&] { return make_outputs(positions, room, linked); });
   if (roomy.has_value()) fill_pairs_if_they_fit(s, room, pointers<T>(*roomy, room), on.stream());
 
-  wait_for_summary();
-  const Summary summary = *s.summary;
+  const Summary summary = pending.wait();
   if (summary.fault != 0) raise_fault(summary, s.system_idx, on.stream());
   const int64_t num_pairs = summary.num_pairs;
   if (n > 0) guess.learn(summary, n, volumes);
@@ -155,7 +155,10 @@ std::pair<Found, Tensor> find_padded(const Tensor& positions, const Tensor& cell
   check_capacity(capacity);
   return with_search_input(positions, cell, pbc, system_idx, [&](auto zero, const auto&... in) {
     const auto& [r, h, systems] = std::tie(in...);
-    return padded_search<decltype(zero)>(r, h, pbc, systems, cutoff, capacity, full, sorted, linked);
+    const auto found = if_memory_suffices(
+        [&] { return padded_search<decltype(zero)>(r, h, pbc, systems, cutoff, capacity, full, sorted, linked); });
+    if (!found.has_value()) data_error("capacity_out_of_memory", capacity);
+    return *found;
   });
 }
 

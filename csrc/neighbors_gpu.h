@@ -194,6 +194,9 @@ void count_pairs(const GpuSearch<T>& search, GpuStream stream);
 void mark_end_of_count(GpuStream stream);
 void wait_for_summary();
 
+// Waits for all of the stream; an error is somebody else's to tell.
+void wait_quietly(GpuStream stream);
+
 // Writes the pairs, in the order of the search.
 template <typename T>
 void fill_pairs(const GpuSearch<T>& search, uint32_t num_bins, const GpuPairs<T>& out, GpuStream stream);

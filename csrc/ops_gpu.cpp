@@ -122,6 +122,8 @@ std::tuple<Tensor, Tensor> pair_vectors_adjoint(const Tensor& grad, const Tensor
   floating_dtype(grad);
   const HeldList held(mapping, shifts, system_idx, num_atoms, num_systems, need_cell);
   check_shape(grad, "grad", {held.capacity(), 3});
+  require(num_atoms < (int64_t(1) << 31),
+          "`positions` must hold fewer than 2**31 atoms");  // they are sorted as int32
   const Tensor g = packed(grad);
   const OnDevice on(g);
   const GpuPairList list{held.mapping(),        held.shifts(),   nullptr,   nullptr,    held.system_idx(),

@@ -298,7 +298,8 @@ template <typename T>
 void pair_vectors_gpu(const GpuPairList& list, const T* positions, const T* cell, T* vectors, GpuStream stream) {
   if (list.num_pairs == 0) return;
   if (list.offsets != nullptr) {
-    const int64_t blocks = std::max<int64_t>(blocks_for(list.num_atoms, kThreads / kNarrowestWave), 1);
+    const int64_t blocks =
+        std::max<int64_t>(blocks_in_turns(list.num_atoms, kThreads / kNarrowestWave, kThreads), 1);
     DIFFNL_LAUNCH(vectors_of_links<T>, blocks, kThreads, stream, list, positions, cell, vectors);
   } else {
     const int64_t blocks = blocks_for(list.num_pairs, kThreads);

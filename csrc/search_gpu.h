@@ -32,15 +32,29 @@ inline SearchPrices search_prices(int64_t num_atoms) {
   data_error(code, number);
 }
 
-// What `make` makes, or nothing where torch has no memory for it.
-template <typename Make>
-auto if_memory_suffices(const Make& make) -> std::optional<decltype(make())> {
-  try {
-    return make();
-  } catch (const std::exception&) {
-    return std::nullopt;
+// A count on its way to the host. The device writes its summary to memory of this thread, which the next search
+// uses again: nobody leaves before that has happened, by an exception either.
+class PendingCount {
+ public:
+  explicit PendingCount(GpuStream stream) : stream_(stream) {}
+  PendingCount(const PendingCount&) = delete;
+  ~PendingCount() {
+    if (pending_) wait_quietly(stream_);
   }
-}
+  // Where the stream has all work that `wait` waits for.
+  void mark() { mark_end_of_count(stream_); }
+  Summary wait() {
+    wait_for_summary();
+    pending_ = false;
+    return *summary;
+  }
+
+  Summary* const summary = summary_of_thread();
+
+ private:
+  GpuStream stream_;
+  bool pending_ = true;
+};
 
 // A list on its way to its operator's outputs.
 struct Found {
@@ -76,7 +90,6 @@ class Search {
                          ScalarType::Long)) {
     static_cast<GpuAtoms<T>&>(s) = atoms_of<T>(positions, cell, flags_, system_idx);
     const int64_t n = s.num_atoms, num_systems = s.num_systems;
-    require(n < (int64_t(1) << 30), "`positions` must hold fewer than 2**30 atoms");
     s.num_slots = 2 * n + 32 * num_systems;
     s.segment_capacity = segment_capacity(n);
     s.capacity = -1;
@@ -138,6 +151,9 @@ auto with_search_input(const Tensor& positions, const Tensor& cell, const Tensor
                        const std::optional<Tensor>& system_idx, const Run& run) {
   const ScalarType dtype = floating_dtype(positions);
   check_search(positions, cell, pbc);
+  // Atoms, and slots of the table of bins (2 N + 32 B), have numbers of 32 bits.
+  require(positions.size(0) < (int64_t(1) << 30), "`positions` must hold fewer than 2**30 atoms");
+  require(num_systems_of(cell) < (int64_t(1) << 26), "`cell` must hold fewer than 2**26 systems");
   const Tensor r = packed(positions), h = packed(cell);
   const std::optional<Tensor> systems = packed(system_idx);
   return dtype == ScalarType::Float ? run(0.0f, r, h, systems) : run(0.0, r, h, systems);

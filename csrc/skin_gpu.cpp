@@ -111,12 +111,12 @@ std::tuple<Tensor, Tensor> search_candidates(const Tensor& positions, const Tens
     GpuSearch<T>& s = work.s;
     s.order = mutable_data<int64_t>(by_bin);
     s.most_pairs = pairs_in_device_memory<T>();
-    s.summary = summary_of_thread();
+    PendingCount pending(on.stream());
+    s.summary = pending.summary;
     s.likely_bins = n / 8 + 1;
     work.count(on.stream());
-    mark_end_of_count(on.stream());
-    wait_for_summary();
-    const Summary summary = *s.summary;
+    pending.mark();
+    const Summary summary = pending.wait();
     if (summary.fault != 0) raise_fault(summary, s.system_idx, on.stream());
     const int64_t count = summary.linkable != 0 ? summary.num_pairs : 0;
     const auto made = if_memory_suffices([&] {
@@ -149,13 +149,13 @@ std::tuple<int64_t, bool, Tensor, Tensor, Tensor, Tensor, Tensor> select_linked(
     const KeptTensors kept{kept_positions, kept_cell, kept_pbc, kept_system_idx, links, rows};
     Selection<T> work(r, h, pbc, systems, kept, cutoff, radius, full, linked && full);
     GpuSelection<T>& s = work.s;
-    s.summary = summary_of_thread();
+    PendingCount pending(on.stream());
+    s.summary = pending.summary;
     work.begin(on.stream());
     if (ask) ask_candidates(s, on.stream());
     count_selected(s, on.stream());
-    mark_end_of_count(on.stream());
-    wait_for_summary();
-    const Summary summary = *s.summary;
+    pending.mark();
+    const Summary summary = pending.wait();
     const int64_t count = summary.must_search != 0 ? 0 : summary.num_pairs;
     const auto made = if_memory_suffices([&] { return make_outputs(r, count, linked && full); });
     if (!made.has_value()) data_error("out_of_memory", count);

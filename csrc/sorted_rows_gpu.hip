@@ -85,7 +85,7 @@ __global__ __launch_bounds__(kThreads) void link_sorted(GpuSearch<T> s, GpuPairs
 template <typename T>
 void sort_rows(const GpuSearch<T>& s, const GpuPairs<T>& from, const GpuPairs<T>& pairs, GpuStream stream) {
   if (pairs.num_pairs == 0 || s.num_atoms == 0) return;
-  const int64_t blocks = std::min<int64_t>(s.num_atoms, int64_t(1) << 20);
+  const int64_t blocks = blocks_in_turns(std::min<int64_t>(s.num_atoms, int64_t(1) << 20), 1, kThreads);
   DIFFNL_LAUNCH(sort_row<T>, blocks, kThreads, stream, s, from, pairs);
   const GpuPairList list{pairs.mapping, pairs.shifts,    nullptr,     nullptr,      s.system_idx,
                          s.num_pairs,   pairs.num_pairs, s.num_atoms, s.num_systems};

@@ -370,7 +370,7 @@ template <typename T>
 int64_t blocks_for_bins(const GpuSearch<T>& s) {
   const int64_t bins = s.likely_bins > 0 ? std::min(s.likely_bins, s.num_atoms) : s.num_atoms;
   const int64_t shares = s.likely_bins > 0 ? shares_of_bins(static_cast<uint32_t>(bins)) : kMostShares;
-  return std::min<int64_t>(bins * shares, int64_t(num_multiprocessors()) * 32);
+  return blocks_in_turns(std::min<int64_t>(bins * shares, int64_t(num_multiprocessors()) * 32), 1, kSearchThreads);
 }
 
 }  // namespace

@@ -418,6 +418,23 @@ def test_a_fault_after_a_good_guess_is_raised(dtype, device):
 
 
 @both_lists
+def test_what_a_guessed_list_leaves_empty_is_zero(full, dtype, gpu_kernels, device):
+    """torch.save writes whole storages: what the memory held before must not be in them."""
+    positions, cell, pbc, _ = dilute(1.0, 1, 600).arguments(dtype, device)
+    diffnl.neighbor_pairs(positions, cell, pbc, 4.0, full=full)  # the next list goes by it
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN and large integers
+    try:
+        pairs = diffnl.neighbor_pairs(positions, cell, pbc, 4.0, full=full)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for part in pairs:
+        stored = torch.empty(0, dtype=part.dtype, device=device).set_(part.untyped_storage())
+        assert (len(stored) > part.numel()) == gpu_kernels
+        assert torch.equal(stored[: part.numel()], part.flatten())
+        assert not stored[part.numel() :].any()
+
+
+@both_lists
 def test_a_list_keeps_no_more_memory_than_it_needs(full, dtype, device):
     """64 kB or an eighth more, whatever was searched before; and it is still the same list."""
     for volume, n in ((1.0, 600), (1.1, 600), (100.0, 600), (1.0, 600), (1.0, 10)):

@@ -355,9 +355,8 @@ thread_local hipError_t last_error = hipSuccess;
 void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* arguments) {
   if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1 || shared_bytes != 0)
     fail("only one-dimensional launches without dynamic shared memory");
-  // The last condition is AMD's, which counts the threads of a launch in 32 bits.
   if (grid.x == 0 || block.x == 0 || block.x > kMaxThreads || grid.x > INT32_MAX ||
-      uint64_t(grid.x) * block.x > UINT32_MAX) {
+      uint64_t(grid.x) * block.x > static_cast<uint64_t>(most_threads())) {
     last_error = hipErrorInvalidConfiguration;
     return;
   }
@@ -388,6 +387,21 @@ const Exchange& exchange(uint64_t value, const char* action, const Site& site) {
   return now;
 }
 
+// AMD counts the threads of a launch in 32 bits.
+int64_t most_threads() {
+  const char* text = std::getenv("HOSTGPU_MOST_THREADS");
+  return text == nullptr ? int64_t(UINT32_MAX) : std::strtoll(text, nullptr, 10);
+}
+
+bool fails(const char* what) {
+  const char* text = std::getenv("HOSTGPU_FAULT");
+  const std::string faults = text == nullptr ? "" : text;
+  const size_t end = std::min(faults.find(','), faults.size());
+  if (faults.empty() || faults.substr(0, end) != what) return false;
+  setenv("HOSTGPU_FAULT", end == faults.size() ? "" : faults.c_str() + end + 1, 1);
+  return true;
+}
+
 int group(int width, const Site& site) {
   if (width < 1 || width > warpSize || (width & (width - 1)) != 0)
     fail(describe("shuffle", site) + " over a width of " + std::to_string(width));
@@ -398,12 +412,17 @@ int group(int width, const Site& site) {
 
 void __syncthreads(hostgpu::Site site) { hostgpu::meet(hostgpu::barrier, "__syncthreads", site); }
 
-hipError_t hipGetLastError() { return std::exchange(hostgpu::last_error, hipSuccess); }
+hipError_t hipGetLastError() {
+  if (hostgpu::fails("earlier")) hostgpu::last_error = hipErrorInvalidValue;
+  if (hostgpu::fails("busy")) hostgpu::last_error = hipErrorNotReady;
+  return std::exchange(hostgpu::last_error, hipSuccess);
+}
 
 const char* hipGetErrorString(hipError_t error) {
   if (error == hipSuccess) return "no error";
   if (error == hipErrorInvalidConfiguration) return "invalid configuration argument";
   if (error == hipErrorOutOfMemory) return "out of memory";
+  if (error == hipErrorNotReady) return "not ready";
   return "invalid argument";
 }
 

@@ -8,6 +8,11 @@
 // What hardware may leave unnoticed ends the program with a message: threads that wait for others that never come,
 // and threads that meet at different places. The order of the threads of a block between two meetings, and that of
 // blocks, is free on hardware; the environment variable HOSTGPU_ORDER=forward|reverse|SEED sets it here.
+//
+// Limits and failures that no test could reach otherwise: HOSTGPU_MOST_THREADS=N is the most threads of a launch;
+// HOSTGPU_FAULT lists what happens next, once each and in this order: `hipEventRecord` and `hipStreamSynchronize`
+// fail when they are called, `earlier` and `busy` leave an error, or the answer "not ready", of somebody else to
+// be found.
 #pragma once
 
 #include <algorithm>
@@ -53,7 +58,8 @@ enum hipError_t {
   hipSuccess = 0,
   hipErrorInvalidValue = 1,
   hipErrorOutOfMemory = 2,
-  hipErrorInvalidConfiguration = 9
+  hipErrorInvalidConfiguration = 9,
+  hipErrorNotReady = 600
 };
 enum hipMemcpyKind { hipMemcpyDeviceToHost = 2, hipMemcpyDeviceToDevice = 3 };
 enum hipDeviceAttribute_t { hipDeviceAttributeMultiprocessorCount };
@@ -78,6 +84,12 @@ inline void wave_sync(Site site = Site::current()) { exchange(0, "wave_sync", si
 
 // Runs call(arguments) once a thread.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* arguments);
+
+// The most threads of a launch: AMD's limit, or what HOSTGPU_MOST_THREADS says.
+int64_t most_threads();
+
+// Whether HOSTGPU_FAULT begins with `what`, which then fails this once.
+bool fails(const char* what);
 
 // The first lane of the own group of `width` lanes.
 int group(int width, const Site& site);
@@ -161,7 +173,9 @@ void hipLaunchKernelGGL(void (*kernel)(Parameters...), dim3 grid, dim3 block, si
 }
 
 // Kernels have ended when their launch returns, so that nothing is left to wait for.
-inline hipError_t hipStreamSynchronize(hipStream_t) { return hipSuccess; }
+inline hipError_t hipStreamSynchronize(hipStream_t) {
+  return hostgpu::fails("hipStreamSynchronize") ? hipErrorInvalidValue : hipSuccess;
+}
 enum hipStreamCaptureMode {
   hipStreamCaptureModeGlobal,
   hipStreamCaptureModeThreadLocal,
@@ -169,7 +183,9 @@ enum hipStreamCaptureMode {
 };
 inline hipError_t hipThreadExchangeStreamCaptureMode(hipStreamCaptureMode*) { return hipSuccess; }
 inline hipError_t hipEventCreateWithFlags(hipEvent_t*, unsigned) { return hipSuccess; }
-inline hipError_t hipEventRecord(hipEvent_t, hipStream_t) { return hipSuccess; }
+inline hipError_t hipEventRecord(hipEvent_t, hipStream_t) {
+  return hostgpu::fails("hipEventRecord") ? hipErrorInvalidValue : hipSuccess;
+}
 inline hipError_t hipEventSynchronize(hipEvent_t) { return hipSuccess; }
 
 inline hipError_t hipMemsetAsync(void* to, int value, size_t bytes, hipStream_t) {
