@@ -55,7 +55,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--train",
-        help="a file ASE reads, with energy, forces and stress; none: a copper set is made with EMT",
+        help="a file ASE reads, with energy and forces, and stress where structures have one: it may mix "
+        "crystals, slabs and molecules; none: a copper set is made with EMT",
     )
     add("--test", help="the same for the final test; none: a tenth of the training file is held out")
     add("--out", type=Path, default=Path("runs/mlip"), help="output folder")
@@ -367,8 +368,8 @@ def run(options: argparse.Namespace, group: Group, go_on: str) -> int:
     )
     without = sum(not frame.has_stress for frame in train_frames)
     if without:
-        text = "training structures are in open boundaries: they count for energy and forces only"
-        tell(group, f"{without} {text}")
+        text = "training structures have no stress (no label, no periodic axis or no volume)"
+        tell(group, f"{without} {text}: they count for energy and forces only")
     begun = time.perf_counter()
     finished = train(trainer, valid_frames, options, {"data": data, "orders": orders})
     if not group.leads:

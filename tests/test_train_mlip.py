@@ -19,6 +19,7 @@ import ase  # noqa: E402
 import ase.build  # noqa: E402
 import ase.io  # noqa: E402
 from ase.calculators.calculator import PropertyNotImplementedError  # noqa: E402
+from ase.calculators.emt import EMT  # noqa: E402
 from ase.calculators.singlepoint import SinglePointCalculator  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +109,7 @@ def test_equivariance(inversion):
 
 
 def test_batch_equals_its_systems():
-    """Periodic and open systems, a lone atom, coincident atoms: together as one by one, and finite."""
+    """Periodic and open systems, a lone atom, coincident atoms: together as one by one; NaN is no stress."""
     model = random_potential()
     lone = ase.Atoms("Cu")
     molecule = ase.Atoms("NiCuCu", positions=[[0, 0, 0], [2.2, 0, 0], [0.4, 2.0, 0.3]])
@@ -119,8 +120,10 @@ def test_batch_equals_its_systems():
     together = predict(model, batch_of(*systems), create_graph=False)
     alone = [predict(model, batch_of(atoms), create_graph=False) for atoms in systems]
     for value, parts in zip(together, zip(*alone, strict=True), strict=True):
-        assert torch.isfinite(value).all()
-        torch.testing.assert_close(value, torch.cat(parts), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(value, torch.cat(parts), rtol=1e-9, atol=1e-11, equal_nan=True)
+    assert torch.isfinite(together[0]).all() and torch.isfinite(together[1]).all()
+    finite = torch.isfinite(together[2]).all(2).all(1)
+    assert finite.tolist() == [True, False, False, True]
 
 
 def test_energy_is_smooth_at_the_cutoff():
@@ -182,8 +185,8 @@ def test_calculator_in_open_boundaries(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"stress": None}, r"bad\.extxyz: frame 1 has no stress: .* this frame has energy, forces"),
-        ({"forces": None}, r"bad\.extxyz: frame 1 has no forces"),
+        ({"stress": np.full(6, np.nan)}, r"bad\.extxyz: frame 1: its stress is not finite"),
+        ({"forces": None}, r"bad\.extxyz: frame 1 has no forces: .* this frame has energy, stress"),
         ({"energy": None}, r"bad\.extxyz: frame 1 has no energy"),
         ({"energy": np.nan}, r"bad\.extxyz: frame 1: its energy is not finite"),
     ],
@@ -205,11 +208,65 @@ def test_unusable_file(tmp_path):
         read_frames(tmp_path / "absent.extxyz")
     molecule = labelled(ase.Atoms("Cu2", positions=[[0, 0, 0], [2.2, 0, 0]]), stress=None)
     ase.io.write(tmp_path / "open.extxyz", [molecule, molecule])
-    with pytest.raises(ValueError, match="in open boundaries: there is no stress"):
-        read_frames(tmp_path / "open.extxyz")
+    with pytest.raises(ValueError, match="no training frame has a stress"):
+        fit_config(read_frames(tmp_path / "open.extxyz"), ModelConfig(species=()))
     flat = labelled(ase.Atoms("Cu", cell=[2.5, 2.5, 0.0], pbc=True))
     with pytest.raises(ValueError, match="flat is periodic along a cell vector that is zero"):
         frame_from_atoms(flat, "flat")
+
+
+def mixed_images(count):
+    """Crystals (every third without a stress), slabs with vacuum, slabs of two vectors, molecules in a box
+    and without one, with EMT's labels, in turn."""
+    random = np.random.default_rng(7)
+    images = []
+    for index in range(count):
+        kind = index % 5
+        if kind in (0, 1):
+            atoms = ase.build.bulk("Cu", cubic=True)
+        elif kind in (2, 3):
+            atoms = ase.build.fcc111("Cu", (1, 1, 3), vacuum=6.0 if kind == 2 else None)
+        else:
+            atoms = ase.Atoms("Cu3", positions=[[0, 0, 0], [2.4, 0, 0], [0.4, 2.3, 0.3]])
+            if index % 2:
+                atoms.set_cell([9.0, 9.0, 9.0])
+        atoms.info.clear()  # ASE's notes on the slab, which extxyz cannot hold
+        atoms.positions += random.normal(0.0, 0.08, (len(atoms), 3))
+        atoms.calc = EMT()
+        labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": None}
+        if kind == 2 or (kind < 2 and index % 3):
+            labels["stress"] = atoms.get_stress()
+        images.append(labelled(atoms, **labels))
+    return images
+
+
+@pytest.fixture(scope="module")
+def mixed_files(tmp_path_factory):
+    """A training file of every kind of structure, and a test file of molecules alone."""
+    folder = tmp_path_factory.mktemp("mixed")
+    images = mixed_images(20)
+    ase.io.write(folder / "train.extxyz", images)
+    ase.io.write(folder / "test.extxyz", [atoms for atoms in images if not atoms.pbc.any()])
+    return ["--train", str(folder / "train.extxyz"), "--test", str(folder / "test.extxyz")]
+
+
+def test_a_file_that_mixes_crystals_slabs_and_molecules(mixed_files, tmp_path, capsys):
+    """Which frames have a stress, and two epochs of the whole script: every number is finite."""
+    frames = read_frames(mixed_files[1])
+    assert [frame.has_stress for frame in frames[:5]] == [False, True, True, False, False]
+    ranks = [int(torch.linalg.matrix_rank(frame.cell)) for frame in frames[:10]]
+    assert ranks == [3, 3, 3, 2, 0, 3, 3, 3, 2, 3]  # cells are the file's
+    run = [*mixed_files, *SMALL, "--epochs", "2", "--every", "1", "--valid-fraction", "0.3"]
+    assert train_mlip.main([*run, "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "training structures have no stress" in output and "no labels" in output
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        for which in ("train", "validation"):
+            assert all(value is not None and np.isfinite(value) for value in row[which].values())
+    weights = torch.load(tmp_path / "potential.pt", weights_only=True)["weights"]
+    assert all(torch.isfinite(value).all() for value in weights.values())
 
 
 def test_open_boundary_frames_count_for_energy_and_forces_only(tmp_path):
@@ -276,9 +333,11 @@ def test_learns_and_writes(files, tmp_path, capsys):
 
 # e3nn's and matplotlib's own; what the example does with them is under test elsewhere.
 @pytest.mark.filterwarnings("ignore")
-def test_runs_on_a_gpu_as_on_the_cpu(files, tmp_path, gpu):
-    """One epoch on each: the same loss but for rounding, and a potential that serves on either."""
+@pytest.mark.parametrize("kind", ["copper", "mixed"])
+def test_runs_on_a_gpu_as_on_the_cpu(kind, files, mixed_files, tmp_path, gpu):
+    """One epoch on each, captured on the GPU: the same loss but for rounding, and a potential for either."""
     losses = {}
+    files = {"copper": files, "mixed": [*mixed_files, "--valid-fraction", "0.3"]}[kind]
     try:
         for device in ("cpu", "cuda"):
             out = tmp_path / device
@@ -352,12 +411,23 @@ def test_a_killed_run_ends_as_one_that_was_not(files, tmp_path):
         assert torch.equal(value, potentials[1]["weights"][name]), name
 
 
-@pytest.mark.parametrize(("device", "batch"), [("cpu", 4), ("cpu", 3), ("cuda", 3)])
-def test_two_processes_go_the_way_of_one(files, tmp_path, monkeypatch, device, batch):
+@pytest.mark.parametrize(
+    ("device", "batch", "kind"),
+    [
+        ("cpu", 4, "copper"),
+        ("cpu", 3, "copper"),
+        ("cpu", 4, "mixed"),
+        ("cuda", 3, "copper"),
+        ("cuda", 3, "mixed"),
+    ],
+)
+def test_two_processes_go_the_way_of_one(files, mixed_files, tmp_path, monkeypatch, device, batch, kind):
     """The same batches, shared out; equal but for rounding, which training amplifies: hence float64.
 
-    Of 10 training frames batches of 3 leave one: a process has none then. On GPUs in graphs.
+    Of 10 training frames batches of 3 leave one: a process has none then. On GPUs in graphs. In the mixed
+    file one process may have no stress where the other has.
     """
+    files = {"copper": files, "mixed": [*mixed_files, "--valid-fraction", "0.3"]}[kind]
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("two GPUs")
     run = [*files, *SMALL, "--epochs", "3", "--every", "1", "--batch-size", str(batch), "--device", device]

@@ -14,7 +14,7 @@ from ase.optimize import FIRE
 from ase.stress import full_3x3_to_voigt_6_stress
 from ase.units import GPa
 
-from .data import safe_cell, stress_is_defined
+from .data import stress_is_defined
 from .graphs import CapturedSystem, derivatives
 from .model import ModelConfig, Potential, load_weights, weights
 from .training import write_atomically
@@ -48,7 +48,7 @@ def inputs_of(model: Potential, atoms: ase.Atoms) -> tuple[torch.Tensor, ...]:
     like = next(model.parameters())
     numbers = torch.tensor(atoms.numbers, dtype=torch.int64, device=like.device)
     positions = torch.tensor(atoms.positions, dtype=like.dtype, device=like.device)
-    cell = torch.tensor(safe_cell(atoms), dtype=like.dtype, device=like.device)[None]
+    cell = torch.tensor(atoms.cell.array, dtype=like.dtype, device=like.device)[None]
     pbc = torch.tensor(atoms.pbc, device=like.device)[None]
     return numbers, positions, cell, pbc, torch.zeros_like(numbers)
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.geometry import complete_cell
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 
 import diffnl
@@ -27,10 +26,10 @@ class Frame:
     """One labelled structure; float64 on the CPU as it is read.
 
     `numbers` (N,) int64; `positions` (N, 3) and `cell` (3, 3) in Å; `pbc` (3,) bool; `energy` () in eV;
-    `forces` (N, 3) in eV/Å; `stress` (3, 3) in eV/Å³, ASE's sign. `has_stress` is False for a frame in open
-    boundaries, where stress has no meaning: its `stress` is zero and is never looked at. `group` is what the
-    file calls the kind of the structure (`group=` or `config_type=`), "" if nothing. `mapping` (2, P) and
-    `shifts` (P, 3), if the neighbour list is kept.
+    `forces` (N, 3) in eV/Å; `stress` (3, 3) in eV/Å³, ASE's sign. `has_stress` is False for a frame without a
+    label, and for one where stress has no meaning (`stress_is_defined`): its `stress` is zero and is never
+    looked at. `group` is what the file calls the kind of the structure (`group=` or `config_type=`), "" if
+    nothing. `mapping` (2, P) and `shifts` (P, 3), if the neighbour list is kept.
     """
 
     numbers: torch.Tensor
@@ -91,32 +90,33 @@ class Batch:
         return self.mapping, self.shifts, torch.tensor(self.mapping.shape[1], device=self.mapping.device)
 
 
-def safe_cell(atoms: ase.Atoms) -> np.ndarray:
-    """The cell (3, 3), with vectors of 1 Å for open axes that have none, so that it has a volume."""
-    return np.asarray(complete_cell(atoms.cell.array), dtype=float)
-
-
 def stress_is_defined(atoms: ase.Atoms) -> bool:
-    """Whether a stress means anything: some axis is periodic and the cell has a volume."""
+    """Whether a stress means anything: some axis is periodic and the cell has a volume.
+
+    A slab's is per volume of its cell, vacuum included, in labels and predictions alike.
+    """
     return bool(atoms.pbc.any()) and atoms.cell.rank == 3
 
 
 def frame_from_atoms(atoms: ase.Atoms, name: str) -> Frame:
-    """`atoms` with a calculator's labels -> `Frame`. Raises LabelError, opening with `name`."""
+    """`atoms` with a calculator's labels -> `Frame`. Raises LabelError, opening with `name`.
+
+    Energy and forces must be there; a stress may be missing.
+    """
     labels = atoms.calc.results if atoms.calc is not None else {}
     shapes = {"energy": [()], "forces": [(len(atoms), 3)], "stress": [(6,), (3, 3)]}
     if len(atoms) == 0:
         raise LabelError(f"{name} has no atoms")
     if np.linalg.matrix_rank(atoms.cell[atoms.pbc]) < atoms.pbc.sum():
         raise LabelError(f"{name} is periodic along a cell vector that is zero or depends on the others")
-    if not stress_is_defined(atoms):
+    if labels.get("stress") is None or not stress_is_defined(atoms):
         del shapes["stress"]
     values = {}
     for key, allowed in shapes.items():
         if labels.get(key) is None:
             raise LabelError(
-                f"{name} has no {key}: training needs energy, forces and stress of every periodic structure, "
-                f"as ASE stores them (extended XYZ: `energy=`, a `forces:R:3` column, `stress=` in eV/Å³); "
+                f"{name} has no {key}: training needs energy and forces of every structure, as ASE stores "
+                f"them (extended XYZ: `energy=`, a `forces:R:3` column, `stress=` in eV/Å³ if there is one); "
                 f"this frame has {', '.join(sorted(labels)) or 'no labels'}"
             )
         values[key] = np.asarray(labels[key], dtype=float)
@@ -124,7 +124,7 @@ def frame_from_atoms(atoms: ase.Atoms, name: str) -> Frame:
             raise LabelError(f"{name}: its {key} has shape {values[key].shape}, expected {allowed[0]}")
         if not np.isfinite(values[key]).all():
             raise LabelError(f"{name}: its {key} is not finite")
-    cell = safe_cell(atoms)
+    cell = np.array(atoms.cell.array, dtype=float)
     if not (np.isfinite(atoms.positions).all() and np.isfinite(cell).all()):
         raise LabelError(f"{name}: its positions or cell are not finite")
     stress = values.get("stress", np.zeros((3, 3)))
@@ -144,8 +144,8 @@ def frame_from_atoms(atoms: ase.Atoms, name: str) -> Frame:
 def read_frames(path: str | Path) -> list[Frame]:
     """Every frame of a file that ASE can read.
 
-    Raises LabelError, naming the file and the frame, for a missing or unusable label, and for a file
-    without any stress.
+    Periodic structures and molecules, with a stress or without. Raises LabelError, naming the file and the
+    frame, for a missing energy or forces, and for an unusable label.
     """
     try:
         images = ase.io.read(path, ":")
@@ -153,12 +153,7 @@ def read_frames(path: str | Path) -> list[Frame]:
         raise LabelError(f"{path}: ASE cannot read it ({type(error).__name__}: {error})") from error
     if not images:
         raise LabelError(f"{path} holds no frames")
-    frames = [frame_from_atoms(atoms, f"{path}: frame {index}") for index, atoms in enumerate(images)]
-    if not any(frame.has_stress for frame in frames):
-        raise LabelError(
-            f"{path}: frame 0 and all others are in open boundaries: there is no stress to train on"
-        )
-    return frames
+    return [frame_from_atoms(atoms, f"{path}: frame {index}") for index, atoms in enumerate(images)]
 
 
 def atoms_from_frame(frame: Frame) -> ase.Atoms:

@@ -69,7 +69,10 @@ def fit_config(frames: list[Frame], config: ModelConfig) -> tuple[ModelConfig, S
     residual = (energies - composition @ reference) / counts
     forces = torch.cat([frame.forces for frame in frames])
     if not any(frame.has_stress for frame in frames):
-        raise LabelError("every training frame that the validation split leaves is in open boundaries")
+        raise LabelError(
+            "no training frame has a stress: it takes a label (extended XYZ: `stress=` in eV/Å³), a periodic "
+            "axis and a cell with a volume, in one structure at least that the validation split leaves"
+        )
     stress = torch.stack([frame.stress for frame in frames if frame.has_stress])
     scales = Scales(
         energy=max(float(np.sqrt(np.mean(residual**2))), 1e-3),
@@ -203,7 +206,7 @@ class Trainer:
         """Huber losses of errors over the labels' spread: a few wild structures must not rule the rest."""
         total = 0.0
         for key, (weight, scale) in self.terms.items():
-            if error[key].numel():  # a batch of open-boundary frames has no stress
+            if error[key].numel():  # a batch may hold no frame with a stress
                 scaled = error[key] / scale
                 if key == "stress" and not self.settings.shear:
                     scaled = scaled * torch.eye(3, dtype=scaled.dtype, device=scaled.device)
