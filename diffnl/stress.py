@@ -74,7 +74,8 @@ def forces_and_stress(
         energy: () or (B,), computed from `positions` and `cell` with gradients enabled.
         positions: (N, 3), requires a gradient: the tensor that the energy was computed from, not a copy.
         cell: (3, 3) or (B, 3, 3), requires a gradient. None: no stress. An energy that does not depend on
-            the cell, as with minimum images made by hand, has a dE/dh of zero.
+            the cell has dE/dh = 0. That is right where no vector crosses a periodic boundary, and wrong where
+            vectors do and were made with a copy of the cell without a gradient, which cannot be told from it.
         system_idx: (N,) integer, the system of each atom; needed for a (B, 3, 3) `cell` with B > 1. Its
             values are checked, which waits for a GPU; not where a call is compiled, traced or captured.
         create_graph: keep the graph, to train on forces and stresses or to differentiate further.

@@ -233,7 +233,7 @@ def test_the_same_compiled():
 
 
 def test_an_energy_without_the_cell_has_the_stress_of_the_positions(device):
-    """Minimum images by hand: dE/dh is zero, sigma = sym(sum_i (r_i - c) (x) dE/dr_i) / V."""
+    """A cluster in a box: dE/dh is zero, sigma = sym(sum_i (r_i - c) (x) dE/dr_i) / V."""
     fractions, cell, _ = fractions_and_cell(False, device)
     positions = (fractions @ cell).detach().requires_grad_()
     apart = positions[:, None] - positions[None]
