@@ -37,7 +37,7 @@ def test_there_are_adapters():
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
 def test_an_adapter_is_small(path):
-    assert len(path.read_text().splitlines()) < 120
+    assert len(path.read_text().splitlines()) < 170
 
 
 def test_importing_diffnl_imports_none_of_the_packages():

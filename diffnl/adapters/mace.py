@@ -15,21 +15,32 @@ import torch
 
 import diffnl
 
+from ..pairs import Pairs
+from . import _common
+
 
 def get_neighborhood(positions, cutoff, pbc=None, cell=None, true_self_interaction=False):
     """`mace.data.neighborhood.get_neighborhood`: the full list of a structure, in NumPy.
+
+    MACE overwrites the rows of `cell` on open axes, in the array it is given, and divides the stress by the
+    volume of the result: a slab's comes out too small, by more the farther it lies from the origin, and the
+    cell of one with its vacuum along y may have no volume. Here nothing is overwritten, and a cell stays.
 
     Args:
         positions: (N, 3), N > 0; searched in float64.
         cutoff: > 0; pairs are closer than it, strictly.
         pbc: three bools. None: none.
-        cell: (3, 3), rows are lattice vectors. None or zeros: the identity. As in MACE, its rows on open axes
-            are **overwritten**, by 5 cutoff (1 + max |positions|) along x, y or z.
+        cell: (3, 3), rows are lattice vectors. Rows on open axes may be zero. None or zeros: none.
         true_self_interaction: without effect, here and in MACE: i = j with a shift of 0 is never found.
 
     Returns:
         edge_index (2, P) int32, sender i and receiver j, ascending in i; shifts (P, 3), unit_shifts @ cell;
-        unit_shifts (P, 3) int32; `cell` with its new rows. Vectors are r_j - r_i + shifts.
+        unit_shifts (P, 3) int32; a new cell (3, 3), the one given. Vectors are r_j - r_i + shifts.
+
+        Two kinds of systems have no volume, and so no stress, but MACE must be able to divide by one: of
+        those without a periodic axis the cell is L times the identity, and rows on open axes that are zero,
+        or in the plane or line of the others, become L times a normal of these. L is MACE's length, 5 cutoff
+        (1 + max |positions|), but from the middle of the atoms: a stress of nearly 0, and no NaN.
 
     Raises:
         AssertionError: a `pbc` that is not three bools, a `cell` that is not (3, 3); as in MACE.
@@ -38,19 +49,46 @@ def get_neighborhood(positions, cutoff, pbc=None, cell=None, true_self_interacti
     """
     pbc = (False, False, False) if pbc is None else pbc
     assert len(pbc) == 3 and all(isinstance(flag, bool | np.bool_) for flag in pbc)
+    cutoff, periodic = _common.length("cutoff", cutoff), np.array(pbc, dtype=bool)
+    if len(positions) == 0:
+        raise ValueError("`positions` must have at least one atom; got none")
     if cell is None or not cell.any():
-        if any(pbc):
+        if periodic.any():
             raise ValueError("`cell` must be given where `pbc` is true; got None or zeros")
-        cell = np.identity(3)
+        cell = np.zeros((3, 3))
     assert cell.shape == (3, 3)
-    open_axes = ~np.array(pbc, dtype=bool)
-    length = (np.max(np.absolute(positions)) + 1) * 5 * cutoff
-    cell[open_axes] = length * np.identity(3)[open_axes]
 
     where = (torch.from_numpy(np.array(x, dtype=np.float64, order="C")) for x in (positions, cell))
-    pairs = diffnl.neighbor_pairs(*where, tuple(pbc), cutoff)
+    pairs = diffnl.neighbor_pairs(*where, tuple(periodic.tolist()), cutoff)
     edge_index, unit_shifts = pairs.mapping.to(torch.int32).numpy(), pairs.shifts.numpy()
+    middle = (np.max(positions, axis=0) + np.min(positions, axis=0)) / 2
+    cell = _with_a_volume(cell, periodic, 5 * cutoff * (1 + np.max(np.absolute(positions - middle))))
     return edge_index, np.dot(unit_shifts, cell), unit_shifts, cell
+
+
+def _with_a_volume(cell, periodic, length: float):
+    """A copy of the cell in which, where there is no volume, rows on open axes are normals of that length."""
+    kept = periodic.copy()
+    for axis in np.flatnonzero(~periodic & periodic.any()):
+        row = cell[axis].astype(np.float64)
+        kept[axis] = np.linalg.norm(_across(row, cell[kept])) > 1e-6 * np.linalg.norm(row)
+    if kept.all():
+        return cell.copy()
+    rows = np.where(kept[:, None], cell, 0.0)
+    for axis in np.flatnonzero(~kept):
+        # Along x for the first row, y for the second, z for the third, if that is normal to the others.
+        normals = [_across(np.eye(3)[k % 3], rows[rows.any(1)]) for k in range(axis, axis + 3)]
+        normal = max(normals, key=lambda vector: round(np.linalg.norm(vector), 9))
+        rows[axis] = length * normal / np.linalg.norm(normal)
+    if np.linalg.det(rows) < 0:
+        rows[axis] *= -1  # MACE's volumes have a sign
+    return rows
+
+
+def _across(vector, others):
+    """What is left of a vector (3,) without its components along others (M, 3)."""
+    basis = np.linalg.qr(others.T.astype(np.float64))[0]
+    return vector - basis @ (basis.T @ vector)
 
 
 def edge_vectors_and_lengths(positions, edge_index, unit_shifts, cell, batch=None, normalize=False, eps=1e-9):
@@ -70,8 +108,8 @@ def edge_vectors_and_lengths(positions, edge_index, unit_shifts, cell, batch=Non
     """
     shifts = unit_shifts.to(torch.int32)
     vectors = diffnl.pair_vectors(positions, cell.reshape(-1, 3, 3), edge_index, shifts, batch)
-    lengths = torch.linalg.norm(vectors, dim=-1, keepdim=True)
-    return (vectors / (lengths + eps) if normalize else vectors), lengths
+    lengths = Pairs(edge_index, shifts, vectors).distances.unsqueeze(1)
+    return (vectors / (lengths + eps) if _common.flag("normalize", normalize) else vectors), lengths
 
 
 def prepare_graph(
@@ -80,7 +118,10 @@ def prepare_graph(
     """`mace.modules.utils.prepare_graph` with `edge_vectors_and_lengths` for its edges; same `GraphContext`.
 
     Edge vectors always follow from `data["cell"]` and `data["unit_shifts"]`: the energy has a gradient in
-    `data["cell"]` too. `data["shifts"]` is neither used nor changed. LAMMPS's ML-IAP stays with MACE.
+    `data["cell"]` too. `data["shifts"]` is neither used nor changed. The strain acts about the first atom of
+    each system, for the digits of float32 far from the origin, and in products that neither autocast nor TF32
+    rounds. MACE's models look for strained positions in `data["positions"]`: they become that entry, and no
+    tensor is changed. LAMMPS's ML-IAP stays with MACE.
     """
     from mace.modules import utils
 
@@ -91,11 +132,14 @@ def prepare_graph(
     no_edges = {name: data[name][:0] for name in ("shifts", "unit_shifts")}
     graph = {**data, **no_edges, "edge_index": data["edge_index"][:, :0]}
     context = utils.prepare_graph(graph, *what)
-    cell = context.cell.reshape(-1, 3, 3)
+    cell, batch = context.cell.reshape(-1, 3, 3), data["batch"]
     if graph["positions"] is not data["positions"]:  # they are strained: the cell goes along
-        data["positions"] = graph["positions"]
-        cell = cell + cell @ (0.5 * (context.displacement + context.displacement.mT))
-    edges = data["edge_index"], data["unit_shifts"], cell, data["batch"]
+        positions, strain = context.positions, 0.5 * (context.displacement + context.displacement.mT)
+        first = positions.detach()[data["ptr"][:-1].clamp(max=len(positions) - 1)]
+        from_first = (positions - first[batch]).unsqueeze(1)
+        data["positions"] = positions + _common.product(from_first, strain[batch]).squeeze(1)
+        cell = cell + _common.product(cell, strain)
+    edges = data["edge_index"], data["unit_shifts"], cell, batch
     vectors, lengths = edge_vectors_and_lengths(data["positions"], *edges)
     return context._replace(vectors=vectors, lengths=lengths)
 
