@@ -7,11 +7,12 @@ import torch
 
 from ..neighbors import neighbor_pairs
 from ..stress import forces_and_stress, to_voigt
+from . import _common
 
 
 def neighbor_list(quantities, a, cutoff, self_interaction=False, max_nbins=1e6):
     """`ase.neighborlist.neighbor_list` of the `ase.Atoms` a; see `primitive_neighbor_list`."""
-    cell = a.get_cell(complete=True)
+    cell = a.cell.array
     return primitive_neighbor_list(quantities, a.pbc, cell, a.positions, cutoff, a.numbers, self_interaction)
 
 
@@ -24,27 +25,32 @@ def primitive_neighbor_list(
     Args:
         quantities: any of i, j (P,) int64, d (P,), D (P, 3) float64, S (P, 3) int64. A single one: no tuple.
         pbc, cell, positions: three flags, (3, 3), (N, 3); fractional with `use_scaled_positions`.
-        cutoff: a number; a dict by pairs of symbols or atomic numbers, 0 for pairs not in it; or radii (N,),
-            whose sum is the cutoff of a pair. One search at the largest, then the choice of d < cutoff.
+        cutoff: a number > 0; a dict by pairs of symbols or atomic numbers, 0 for pairs not in it; or radii
+            (N,) >= 0, whose sum is the cutoff of a pair. One search at the largest, then the choice of
+            d < cutoff. Elements of a dict need not be in the system.
         numbers: (N,) atomic numbers, which a dict needs.
         self_interaction: list each atom with itself too, first in its row. max_nbins: without effect.
 
     Raises:
-        ValueError: unknown quantities; what `neighbor_pairs` raises, even where ASE goes on: values that are
-            not finite, a singular cell on periodic axes. TypeError: a dict without numbers.
+        ValueError: unknown quantities; what ASE takes without a word: a cutoff that is not > 0, cutoffs that
+            are negative or all 0, radii or numbers that are not (N,), unknown elements, a singular cell on
+            periodic axes, where ASE takes a zero vector for 1 Å, values that are not finite.
+        TypeError: a dict without numbers; values of wrong types.
     """
     if unknown := sorted(set(quantities) - set("ijdDS")):
         raise ValueError(f"`quantities` must be of 'i', 'j', 'd', 'D' and 'S'; got {unknown}")
-    positions = torch.tensor(np.asarray(positions, dtype=float).reshape(len(positions), 3))
-    cell = torch.tensor(np.asarray(cell, dtype=float))
-    positions = positions @ cell if use_scaled_positions else positions
-    longest, cutoff_of = _cutoffs(cutoff, numbers)
+    positions = np.asarray(positions, dtype=float).reshape(len(positions), 3)
+    cell = np.asarray(cell, dtype=float)
+    if _common.flag("use_scaled_positions", use_scaled_positions):
+        positions = np.dot(positions, cell)
+    longest, cutoff_of = _cutoffs(cutoff, numbers, len(positions))
     # The next number up: ASE compares roots and the search squares; none may be lost to rounding.
     reach = math.nextafter(max(longest, 1e-3), math.inf)
-    pairs = neighbor_pairs(positions, cell, [bool(flag) for flag in pbc], reach)
+    where = (torch.tensor(array, device="cpu") for array in (positions, cell))
+    pairs = neighbor_pairs(*where, _common.axes(pbc), reach)
     arrays = *pairs.mapping, pairs.distances, pairs.vectors, pairs.shifts
     found = {name: array.numpy() for name, array in zip("ijdDS", arrays, strict=True)}
-    if self_interaction:
+    if _common.flag("self_interaction", self_interaction):
         atoms = np.arange(len(positions))
         starts = np.searchsorted(found["i"], atoms)
         found = {x: np.insert(v, starts, atoms if x in "ij" else 0, axis=0) for x, v in found.items()}
@@ -54,31 +60,55 @@ def primitive_neighbor_list(
     return chosen[0] if len(chosen) == 1 else chosen
 
 
-def _cutoffs(cutoff, numbers):
+def _cutoffs(cutoff, numbers, num_atoms: int):
     """The largest cutoff, and a function from the atoms i and j of pairs to theirs."""
     if isinstance(cutoff, dict):
         if numbers is None:
             raise TypeError("`numbers` must be given with a dict of cutoffs; got None")
-        from ase.data import atomic_numbers
+        if np.shape(numbers) != (num_atoms,):
+            raise ValueError(f"`numbers` must have shape (N,) = ({num_atoms},); got {np.shape(numbers)}")
+        return _cutoffs_of_elements(cutoff, np.asarray(numbers))
+    if np.ndim(cutoff) == 0:
+        longest = _common.length("cutoff", cutoff)
+        return longest, lambda i, j: longest
+    radii = np.asarray(cutoff, dtype=float)
+    if radii.shape != (num_atoms,):
+        raise ValueError(f"`cutoff` must be a number or radii (N,) = ({num_atoms},); got shape {radii.shape}")
+    return 2 * _longest(radii, lambda atom: f"atom {atom}"), lambda i, j: radii[i] + radii[j]
 
-        species, kinds = np.unique(numbers, return_inverse=True)
-        table = np.zeros((len(species), len(species)))
-        for pair, value in cutoff.items():
-            first, second = (species == atomic_numbers.get(name, name) for name in pair)
-            table[np.outer(first, second) | np.outer(second, first)] = value
-        return max(cutoff.values()), lambda i, j: table[kinds[i], kinds[j]]
-    if np.isscalar(cutoff):
-        return cutoff, lambda i, j: cutoff
-    radii = np.asarray(cutoff)
-    return 2 * np.max(radii, initial=0.0), lambda i, j: radii[i] + radii[j]
+
+def _cutoffs_of_elements(cutoff: dict, numbers: np.ndarray):
+    from ase.data import atomic_numbers
+
+    species, kinds = np.unique(numbers, return_inverse=True)
+    table = np.zeros((len(species), len(species)))
+    elements = atomic_numbers | {z: z for z in (*atomic_numbers.values(), *species.tolist())}
+    longest = _longest(np.array(list(cutoff.values()), dtype=float), list(cutoff).__getitem__)
+    for pair, value in cutoff.items():
+        names = (pair,) if isinstance(pair, int) else tuple(pair)
+        if len(names) != 2 or any(name not in elements for name in names):
+            raise ValueError(f"`cutoff` must have pairs of symbols or atomic numbers as keys; got {pair!r}")
+        first, second = (species == elements[name] for name in names)
+        table[np.outer(first, second) | np.outer(second, first)] = value
+    return longest, lambda i, j: table[kinds[i], kinds[j]]
+
+
+def _longest(cutoffs: np.ndarray, whose) -> float:
+    """The largest of cutoffs (M,) that are finite and not negative, and not all 0; 0 of none."""
+    if (bad := np.flatnonzero(~(np.isfinite(cutoffs) & (cutoffs >= 0)))).size:
+        raise ValueError(f"`cutoff` must be finite and >= 0; got {cutoffs[bad[0]]} for {whose(bad[0])}")
+    if len(cutoffs) and not cutoffs.any():
+        raise ValueError("`cutoff` must be > 0 for some pair; got 0 for all")
+    return float(np.max(cutoffs, initial=0.0))
 
 
 class _Potential:
     """ASE calculator of energy_fn(positions, cell, pbc, *per_atom) -> energy (), eV: a function or a module.
 
     It gets positions (N, 3), cell (3, 3) (None if all zero), pbc (3,) bool, and the `atoms.arrays` named in
-    `per_atom`, ("numbers",) say, in `dtype` on `device`. Stress, in ASE's sign and order, needs a cell with
-    a volume. Results stand until the atoms change; when the potential itself has changed, call `reset()`.
+    `per_atom`, ("numbers",) say, in `dtype` on `device`. Stress, in ASE's sign and order, needs a periodic
+    axis and a cell with a volume, which is what it is divided by; ASE's own calculators also give one for a
+    molecule in a box. Results stand until the atoms change; when the potential has changed, call `reset()`.
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
@@ -98,15 +128,18 @@ class _Potential:
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=()):
         super().calculate(atoms, properties, system_changes)
-        positions = self._tensor(self.atoms.positions).requires_grad_()
-        cell = self._tensor(self.atoms.cell.array).requires_grad_() if self.atoms.cell.any() else None
-        per_atom = (self._tensor(self.atoms.arrays[name]) for name in self.per_atom)
-        with torch.enable_grad():
+        has_stress = bool(self.atoms.pbc.any()) and self.atoms.cell.rank == 3
+        with torch.inference_mode(False), torch.enable_grad():
+            positions = self._tensor(self.atoms.positions).requires_grad_()
+            cell = self._tensor(self.atoms.cell.array) if self.atoms.cell.any() else None
+            per_atom = [self._tensor(self.atoms.arrays[name]) for name in self.per_atom]
+            if has_stress:
+                cell.requires_grad_()
             energy = self.energy_fn(positions, cell, self._tensor(self.atoms.pbc), *per_atom)
-        forces, stress = forces_and_stress(energy, positions, cell)
+            forces, stress = forces_and_stress(energy, positions, cell if has_stress else None)
         self.results = {"energy": energy.item(), "free_energy": energy.item()}
         self.results["forces"] = forces.double().numpy(force=True)
-        if self.atoms.cell.rank == 3:
+        if has_stress:
             self.results["stress"] = to_voigt(stress).double().numpy(force=True)
 
 

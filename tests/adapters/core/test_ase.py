@@ -51,7 +51,7 @@ CUTOFFS = {
     "numpy": lambda atoms: np.float64(4.0),
     "dict": by_symbols,
     "radii": lambda atoms: ase.neighborlist.natural_cutoffs(atoms, mult=1.3),
-    "unequal": lambda atoms: np.linspace(0.0, 2.5, len(atoms)),
+    "unequal": lambda atoms: np.linspace(2.5, 0.0, len(atoms)),
 }
 
 
@@ -103,12 +103,55 @@ def test_self_comes_first_in_its_row():
     assert not S[starts].any()
 
 
-@pytest.mark.parametrize("cutoff", [0.0, -1.0, {("Na", "Cl"): 0.0}, np.zeros(8)], ids=str)
-@pytest.mark.parametrize("self_interaction", [False, True])
-def test_no_cutoff_no_pairs(cutoff, self_interaction):
-    arguments = "ijSdD", CRYSTALS["salt"], cutoff, self_interaction
-    assert_same_list(neighbor_list(*arguments), ase.neighborlist.neighbor_list(*arguments))
-    assert len(neighbor_list("i", *arguments[1:])) == 0
+BAD_CUTOFFS = {
+    "zero": (0.0, "must be finite and > 0; got 0.0"),
+    "negative": (-1.0, "must be finite and > 0; got -1.0"),
+    "an element pair at 0": ({("Na", "Cl"): 0.0}, "must be > 0 for some pair"),
+    "a negative pair": (
+        {("Na", "Na"): 3.0, ("Na", "Cl"): -3.0},
+        r"must be .* >= 0; got -3.0 for \('Na', 'Cl'\)",
+    ),
+    "radii of 0": (np.zeros(8), "must be > 0 for some pair"),
+    "a negative radius": (np.linspace(-0.5, 2.0, 8), "must be finite and >= 0; got -0.5 for atom 0"),
+    "radii for more atoms": (np.ones(10), r"must be a number or radii \(N,\) = \(8,\); got shape \(10,\)"),
+    "an unknown symbol": ({("Na", "Ci"): 3.0}, r"must have pairs of symbols or .*; got \('Na', 'Ci'\)"),
+    "an unknown number": ({("Na", 171): 3.0}, r"must have pairs of symbols or .*; got \('Na', 171\)"),
+    "an element": ({11: 3.0}, "must have pairs of symbols or .*; got 11"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CUTOFFS)
+def test_bad_cutoffs_are_errors_where_ase_says_nothing(name):
+    cutoff, message = BAD_CUTOFFS[name]
+    if name != "an element":
+        assert ase.neighborlist.neighbor_list("i", CRYSTALS["salt"], cutoff).dtype == np.int64
+    with pytest.raises(ValueError, match=f"`cutoff` {message}"):
+        neighbor_list("i", CRYSTALS["salt"], cutoff)
+
+
+def test_radii_for_fewer_atoms_are_no_bare_index_error():
+    with pytest.raises(IndexError):
+        ase.neighborlist.neighbor_list("i", CRYSTALS["salt"], 2.0 * np.ones(5))
+    with pytest.raises(
+        ValueError, match=r"`cutoff` must be a number or radii \(N,\) = \(8,\); got shape \(5,\)"
+    ):
+        neighbor_list("i", CRYSTALS["salt"], np.ones(5))
+
+
+def test_numbers_of_atoms_that_are_no_elements_may_have_cutoffs():
+    atoms = CRYSTALS["salt"]
+    numbers = np.where(atoms.numbers == 11, 1000, 17)
+    arguments = (
+        "ijSdD",
+        atoms.pbc,
+        atoms.cell,
+        atoms.positions,
+        {(1000, "Cl"): 4.0, (1000, 1000): 5.0},
+        numbers,
+    )
+    theirs = ase.neighborlist.primitive_neighbor_list(*arguments)
+    assert_same_list(primitive_neighbor_list(*arguments), theirs)
+    assert len(theirs[0]) > 20
 
 
 def test_coincident_atoms():
@@ -125,10 +168,13 @@ def test_no_atoms(cutoff, self_interaction):
     assert_same_list(neighbor_list(*arguments), ase.neighborlist.neighbor_list(*arguments))
 
 
-def test_periodic_axis_without_a_vector_has_length_one_as_in_ase():
+def test_a_periodic_axis_without_a_vector_is_an_error_and_not_one_of_length_1():
     atoms = Atoms("H2", [[0, 0, 0], [0.3, 0.4, 2.0]], cell=[4.0, 4.0, 0.0], pbc=True)
-    arguments = "ijSdD", atoms, 3.0
-    assert_same_list(neighbor_list(*arguments), ase.neighborlist.neighbor_list(*arguments))
+    assert ase.neighborlist.neighbor_list("S", atoms, 3.0)[:, 2].any()
+    with pytest.raises(
+        ValueError, match="`cell` must have linearly independent vectors on its periodic axes"
+    ):
+        neighbor_list("S", atoms, 3.0)
 
 
 @pytest.mark.parametrize("name", CRYSTALS)

@@ -101,6 +101,36 @@ def test_no_stress_without_a_volume(name):
         atoms.get_stress()
 
 
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, True, False), (False, False, True)], ids=str)
+def test_there_is_a_stress_where_an_axis_is_periodic(pbc):
+    atoms = STRUCTURES["silicon_sheared"].copy()
+    atoms.pbc = pbc
+    atoms = with_calculator(atoms, lennard_jones)
+    numeric = calculate_numerical_stress(atoms, eps=1e-5)
+    np.testing.assert_allclose(atoms.get_stress(), numeric, rtol=0, atol=1e-6 * np.abs(numeric).max())
+
+
+def test_a_molecule_in_a_box_has_no_stress():
+    """The rank of its cell is 3: ASE's calculators divide the virial by the volume of the box."""
+    atoms = OPEN["ethanol"].copy()
+    atoms.center(vacuum=3.0)
+    assert atoms.cell.rank == 3 and not atoms.pbc.any()
+    assert np.abs(theirs_on(atoms).get_stress()).max() > 1e-3
+    atoms = with_calculator(atoms, lennard_jones)
+    np.testing.assert_allclose(atoms.get_forces(), theirs_on(atoms).get_forces(), rtol=0, atol=1e-8)
+    with pytest.raises(PropertyNotImplementedError):
+        atoms.get_stress()
+
+
+def test_writes_to_no_array_of_the_atoms():
+    atoms = with_calculator(STRUCTURES["slab_with_oxygen"], lennard_jones)
+    arrays = [atoms.positions, atoms.numbers, atoms.cell.array, atoms.pbc]
+    before = [array.copy() for array in arrays]
+    atoms.get_forces(), atoms.get_stress(), neighbor_list("ijdDS", atoms, 4.0)
+    for array, was in zip(arrays, before, strict=True):
+        assert np.array_equal(array, was)
+
+
 def test_molecule_has_no_cell_and_no_pbc():
     seen = []
 
@@ -155,8 +185,10 @@ def test_results_stand_until_the_atoms_change():
 
 def test_works_where_gradients_are_switched_off():
     atoms = with_calculator(STRUCTURES["salt"], lennard_jones)
-    with torch.no_grad():
-        forces = atoms.get_forces()
+    for off in (torch.no_grad, torch.inference_mode):
+        atoms.calc.reset()
+        with off():
+            forces = atoms.get_forces()
     np.testing.assert_allclose(forces, theirs_on(atoms).get_forces(), rtol=0, atol=1e-9)
 
 
