@@ -7,27 +7,30 @@ import torch
 from compare import on_cpu
 from systems import SYSTEMS
 
-from diffnl.adapters import fairchem, hip_torch_nl, mace, nvalchemi, pyg, torchmdnet, torchsim
+from diffnl.adapters import fairchem, hip_torch_nl, mace, nequip, nvalchemi, pyg, torchmdnet, torchsim
 
 CUTOFF = 4.0
 
 
 def batch(device):
     """Three periodic systems in order, as most codes want them: positions, cell, pbc, system_idx."""
-    generator = torch.Generator().manual_seed(5)
-    sizes = torch.tensor([3, 5, 4])
-    cell = torch.eye(3, dtype=torch.float64) * torch.tensor([4.0, 5.0, 4.5])[:, None, None]
-    cell = cell + 0.3 * torch.randn(3, 3, 3, generator=generator, dtype=torch.float64)
-    system_idx = torch.repeat_interleave(torch.arange(3), sizes)
-    fractional = torch.rand(12, 1, 3, generator=generator, dtype=torch.float64)
-    positions = (fractional @ cell[system_idx]).squeeze(1)
-    pbc = torch.tensor([[True] * 3, [True, False, True], [True] * 3])
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(5)
+        sizes = torch.tensor([3, 5, 4])
+        cell = torch.eye(3, dtype=torch.float64) * torch.tensor([4.0, 5.0, 4.5])[:, None, None]
+        cell = cell + 0.3 * torch.randn(3, 3, 3, generator=generator, dtype=torch.float64)
+        system_idx = torch.repeat_interleave(torch.arange(3), sizes)
+        fractional = torch.rand(12, 1, 3, generator=generator, dtype=torch.float64)
+        positions = (fractional @ cell[system_idx]).squeeze(1)
+        pbc = torch.tensor([[True] * 3, [True, False, True], [True] * 3])
     return tuple(t.to(device) for t in (positions, cell, pbc, system_idx))
 
 
 def of_hip_torch_nl(r, h, pbc, index):
     one = index == 0
-    return hip_torch_nl.hip_torch_nl(r[one], h[0], pbc[0], torch.tensor(CUTOFF), sort_id=True)
+    return hip_torch_nl.hip_torch_nl(
+        r[one], h[0], pbc[0], torch.tensor(CUTOFF, device=r.device), sort_id=True
+    )
 
 
 def of_torchsim(r, h, pbc, index):
@@ -72,6 +75,12 @@ def of_fairchem(r, h, pbc, index):
     return fairchem.radius_graph_pbc(data, CUTOFF, 9) + fairchem.radius_graph_pbc_v2(data, CUTOFF, -1)
 
 
+def of_nequip(r, h, pbc, index):
+    data = nequip.neighbor_list({"pos": r, "cell": h, "pbc": pbc, "batch": index}, CUTOFF)
+    order = canonical_order(data["edge_index"], data["edge_cell_shift"])
+    return data["edge_index"][:, order], data["edge_cell_shift"][order]
+
+
 def of_mace(r, h, pbc, index):
     sender = torch.arange(len(r), device=r.device)
     edges = torch.stack((sender, sender.flip(0)))
@@ -84,15 +93,16 @@ def of_mace(r, h, pbc, index):
 def canonical_order(mapping, shifts):
     """Ascending (i, j, S); S may be anything of three columns that tells pairs apart."""
     mapping, shifts = mapping.cpu(), shifts.detach().cpu()
-    order = torch.arange(mapping.shape[1])
+    order = torch.arange(mapping.shape[1], device="cpu")
     for key in (*shifts.T, mapping[1], mapping[0]):
         order = order[torch.argsort(key[order], stable=True)]
     return order.to(mapping.device)
 
 
-CASES = [of_hip_torch_nl, of_torchsim, of_nvalchemi, of_pyg, of_torchmdnet, of_fairchem, of_mace]
+CASES = [of_hip_torch_nl, of_torchsim, of_nvalchemi, of_pyg, of_torchmdnet, of_fairchem, of_nequip, of_mace]
 
 
+@pytest.mark.filterwarnings("ignore:`max_num_neighbors_threshold` = 9 drops")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[3:])
 def test_same_as_on_the_cpu(case, device):
     ours, expected = case(*batch(device)), on_cpu(case(*batch("cpu")))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..neighbors import neighbor_pairs
+from . import _common
 
 _TOLERANCE = 1e-8  # Å², on the squared distance: CHGNet passes it to pymatgen
 
@@ -42,6 +43,7 @@ class GraphConverter(nn.Module):
         device: torch.device | str = "cpu",
     ):
         super().__init__()
+        _check_response(on_isolated_atoms)
         self.atom_graph_cutoff, self.algorithm = atom_graph_cutoff, algorithm
         self.bond_graph_cutoff = atom_graph_cutoff if bond_graph_cutoff is None else bond_graph_cutoff
         self.on_isolated_atoms, self.device = on_isolated_atoms, device
@@ -50,14 +52,15 @@ class GraphConverter(nn.Module):
 
     def forward(self, structure, graph_id=None, mp_id=None):
         """The `chgnet.graph.CrystalGraph` of a `pymatgen.core.Structure`: int32 tables, the rest float32.
-        Raises ValueError for isolated atoms, if they are an error."""
+        Raises ValueError for isolated atoms, if they are an error, and for a cutoff that is not > 0."""
         from chgnet.graph import CrystalGraph
 
         numbers = torch.tensor([site.specie.Z for site in structure], dtype=torch.int32, device=self.device)
         positions = torch.tensor(structure.cart_coords, dtype=torch.float64, device=self.device)
         cell = torch.tensor(structure.lattice.matrix, dtype=torch.float64, device=self.device)
         fractional = torch.tensor(structure.frac_coords, dtype=torch.float32, device=self.device)
-        reach = math.sqrt(self.atom_graph_cutoff**2 + _TOLERANCE)
+        reach = math.sqrt(_common.length("atom_graph_cutoff", self.atom_graph_cutoff) ** 2 + _TOLERANCE)
+        bond_cutoff = _common.length("bond_graph_cutoff", self.bond_graph_cutoff)
         pairs = neighbor_pairs(positions, cell, structure.lattice.pbc, reach, full=False)
 
         mapping = torch.cat([pairs.mapping, pairs.mapping.flip(0)], 1)
@@ -66,7 +69,7 @@ class GraphConverter(nn.Module):
         self._check_isolated(len(numbers) - len(mapping[0].unique()), graph_id)
         directed = order.argsort().view(2, -1)  # where (i, j, S) and (j, i, -S) of an undirected bond now are
         undirected = order % max(directed.shape[1], 1)
-        angles = _angles(mapping[0], directed, undirected, pairs.distances, self.bond_graph_cutoff)
+        angles = _angles(mapping[0], directed, undirected, pairs.distances, bond_cutoff)
         return CrystalGraph(
             atomic_number=numbers,
             atom_frac_coord=fractional.requires_grad_(),
@@ -91,6 +94,7 @@ class GraphConverter(nn.Module):
             print(message, file=sys.stderr)
 
     def set_isolated_atom_response(self, on_isolated_atoms: str) -> None:
+        _check_response(on_isolated_atoms)
         self.on_isolated_atoms = on_isolated_atoms
 
     def as_dict(self) -> dict[str, str | float]:
@@ -99,6 +103,13 @@ class GraphConverter(nn.Module):
     @classmethod
     def from_dict(cls, dct: dict) -> "GraphConverter":
         return cls(**dct)
+
+
+def _check_response(on_isolated_atoms: str) -> None:
+    if on_isolated_atoms not in ("ignore", "warn", "error"):
+        raise ValueError(
+            f"`on_isolated_atoms` must be 'ignore', 'warn' or 'error'; got {on_isolated_atoms!r}"
+        )
 
 
 def _angles(centers: Tensor, directed: Tensor, undirected: Tensor, distances: Tensor, cutoff) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import diffnl
 
+from . import _common
+
 
 @torch.no_grad()
 def radius_graph_pbc(
@@ -25,7 +27,8 @@ def radius_graph_pbc(
 
     An edge has |r_j - r_i + S @ h| <= radius, and a square above 1e-4, as there. Centres ascend, and for each
     the neighbours and S. Atoms may lie outside the cell, where fairchem's own lists miss edges; systems may
-    differ in `data.pbc`, for which fairchem's raises. All runs on the device of `data.pos`.
+    differ in `data.pbc`, for which fairchem's raises. All runs on the device of `data.pos`. Neighbours beyond
+    the limit are dropped, as there, and a warning says so.
 
     Args:
         data: `AtomicData`, or what has pos (N, 3), cell (B, 3, 3), natoms (B,), pbc (B, 3) or (3,). A `batch`
@@ -41,11 +44,12 @@ def radius_graph_pbc(
         number of edges of each system.
 
     Raises:
-        AssertionError: `data` without pbc. ValueError, TypeError: as `diffnl.neighbor_pairs`.
+        AssertionError: `data` without pbc. ValueError, TypeError: as `diffnl.neighbor_pairs`; a limit that is
+            not an integer.
     """
     assert hasattr(data, "pbc"), "AtomicData does not have pbc set"
     pbc = data.pbc if pbc is None else pbc.reshape(-1, 3).any(0)
-    return _graph(data, radius, max_num_neighbors_threshold, enforce_max_neighbors_strictly, pbc, above=1e-4)
+    return _graph(data, radius, max_num_neighbors_threshold, enforce_max_neighbors_strictly, pbc, least=1e-4)
 
 
 @torch.no_grad()
@@ -63,7 +67,7 @@ def radius_graph_pbc_v2(
     assert hasattr(data, "pbc"), "AtomicData does not have pbc set"
     targets = getattr(data, "node_partition", None)
     most, strictly = max_num_neighbors_threshold, enforce_max_neighbors_strictly
-    return _graph(data, radius, most, strictly, data.pbc, above=0.0, targets=targets)
+    return _graph(data, radius, most, strictly, data.pbc, targets=targets)
 
 
 def install() -> None:
@@ -73,7 +77,10 @@ def install() -> None:
     compute.radius_graph_pbc, compute.radius_graph_pbc_v2 = radius_graph_pbc, radius_graph_pbc_v2
 
 
-def _graph(data, radius, most: int, strictly: bool, pbc: Tensor, above: float, targets: Tensor | None = None):
+def _graph(data, radius, most: int, strictly: bool, pbc: Tensor, least: float = 0.0, targets=None):
+    """Edges of a squared length above `least`: above 0 are those of any length that is not 0."""
+    most = _common.count("max_num_neighbors_threshold", most, least=None)
+    strictly = _common.flag("enforce_max_neighbors_strictly", strictly)
     positions, cell, system_idx = data.pos, data.cell.reshape(-1, 3, 3), getattr(data, "batch", None)
     num_atoms, num_systems = positions.shape[0], cell.shape[0]
     if system_idx is None:
@@ -83,14 +90,16 @@ def _graph(data, radius, most: int, strictly: bool, pbc: Tensor, above: float, t
     cutoff = _just_above(radius, positions.dtype)
     mapping, shifts, vectors = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, system_idx, sorted=True)
     squared = vectors.square().sum(1)
-    keep = squared > above
+    keep = squared > least if least > 0 else (vectors != 0).any(1)
     if targets is not None:
         keep &= torch.zeros_like(system_idx, dtype=torch.bool).index_fill(0, targets, True)[mapping[0]]
     mapping, shifts, squared = mapping[:, keep], shifts[keep], squared[keep]
     rank = torch.arange(len(squared), device=squared.device) - torch.searchsorted(mapping[0], mapping[0])
     if most > 0 and bool((rank >= most).any()):
         nearest = _nearest(mapping[0], rank, squared, num_atoms, most, strictly)
-        mapping, shifts = mapping[:, nearest], shifts[nearest]
+        found, mapping, shifts = len(shifts), mapping[:, nearest], shifts[nearest]
+        dropped = "max_num_neighbors_threshold", most, len(shifts), found
+        _common.warn_of_dropped(*dropped, stacklevel=4)  # of whom calls either function, past its no_grad
     neighbors = torch.zeros(num_systems, dtype=torch.int64, device=positions.device)
     neighbors.index_add_(0, system_idx[mapping[0]], torch.ones_like(mapping[0]))
     return mapping.flip(0), shifts.to(cell.dtype), neighbors
@@ -109,7 +118,8 @@ def _nearest(centers, rank, squared: Tensor, num_atoms: int, most: int, strictly
 
 def _just_above(radius: float, dtype: torch.dtype) -> float:
     """The cutoff with which "<" is "<=" with the radius, in that dtype."""
-    limit = torch.tensor(radius * radius, dtype=dtype)
+    radius = _common.length("radius", radius)
+    limit = torch.tensor(radius * radius, dtype=dtype, device="cpu")
     limit = torch.nextafter(limit, torch.full_like(limit, math.inf)).item()
     cutoff = math.sqrt(limit)
     while cutoff * cutoff < limit:  # in float64 the root may have been rounded down

@@ -8,6 +8,8 @@ from torch import Tensor
 
 import diffnl
 
+from . import _common
+
 HIP_TORCH_NL_AVAILABLE: bool = "hip" in diffnl.build_info()["backends"]
 """Whether this build has the kernels for AMD GPUs. CUDA and CPU tensors need none of them."""
 
@@ -33,5 +35,6 @@ def hip_torch_nl(
     Raises:
         ValueError, TypeError: as `diffnl.neighbor_pairs`.
     """
-    pairs = diffnl.neighbor_pairs(positions, cell, pbc, float(cutoff), sorted=sort_id)
+    cutoff, sort_id = _common.length("cutoff", cutoff), _common.flag("sort_id", sort_id)
+    pairs = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, sorted=sort_id)
     return pairs.mapping, pairs.shifts.to(cell.dtype)

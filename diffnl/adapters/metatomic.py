@@ -94,7 +94,7 @@ def _blocks(systems: list, options, length_unit: str) -> list:
     positions = torch.cat([system.positions for system in systems])
     cell, pbc = (torch.stack([getattr(system, name) for system in systems]) for name in ("cell", "pbc"))
     starts = list(accumulate([len(system) for system in systems], initial=0))[:-1]
-    first = torch.tensor(starts[1:]).to(positions.device)
+    first = torch.tensor(starts[1:], device=positions.device)
     system_idx = torch.bucketize(torch.arange(len(positions), device=positions.device), first, right=True)
     mapping, shifts, vectors = neighbors.neighbor_pairs(positions, cell, pbc, cutoff, system_idx, full=full)
     # Pairs are in ascending order of their first atom: those of a system lie together.
@@ -115,4 +115,4 @@ def _axes(device: torch.device) -> tuple[list, object]:
     """Labels of the only component and of the property, made once for a device."""
     from metatensor.torch import Labels
 
-    return [Labels("xyz", torch.arange(3)[:, None]).to(device)], Labels.range("distance", 1).to(device)
+    return [Labels("xyz", torch.arange(3, device=device)[:, None])], Labels.range("distance", 1).to(device)

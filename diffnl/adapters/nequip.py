@@ -15,6 +15,8 @@ from torch import Tensor
 
 import diffnl
 
+from . import _common
+
 
 def register(name: str = "diffnl") -> None:
     """Enters `neighbor_list` into NequIP's registry, for CPU and GPU, in place of what has the name there."""
@@ -33,7 +35,7 @@ def neighbor_list(data: dict[str, Tensor], r_max: float) -> dict[str, Tensor]:
 
     Args:
         data: NequIP's dictionary. Read are "pos" (N, 3) float32 or float64; "cell" (B, 3, 3) and "pbc" (B, 3)
-            bool, open where missing; "batch" (N,) and "num_atoms" (B,), one frame where missing.
+            bool, both or neither, which is open; "batch" (N,) and "num_atoms" (B,), one frame where missing.
         r_max: > 0, in the length unit of the positions; pairs are closer than it, strictly.
 
     Returns:
@@ -42,7 +44,8 @@ def neighbor_list(data: dict[str, Tensor], r_max: float) -> dict[str, Tensor]:
 
     Raises:
         ValueError: a periodic axis without a cell vector, which in NequIP's own backends has a length of 1 in
-            the search, and of 0 in the edge vectors; NaN or infinity; see `diffnl.neighbor_pairs`.
+            the search, and of 0 in the edge vectors; a "cell" that is not zero without a "pbc", which there
+            makes the list of a molecule; NaN or infinity; see `diffnl.neighbor_pairs`.
     """
     positions, cell, pbc = data["pos"].detach(), data.get("cell"), data.get("pbc")
     dtype = positions.dtype
@@ -53,8 +56,11 @@ def neighbor_list(data: dict[str, Tensor], r_max: float) -> dict[str, Tensor]:
     else:
         dtype = torch.promote_types(dtype, cell.dtype)
         vectors = cell.detach().reshape(-1, 3, 3).to(dtype)
-    pbc = None if pbc is None else pbc.reshape(-1, 3)
-    pairs = diffnl.neighbor_pairs(positions.to(dtype), vectors, pbc, float(r_max), data.get("batch"))
+        if pbc is None and bool(vectors.any()):
+            raise ValueError("`pbc` must be in the data where there is a cell; got None")
+    pbc = False if pbc is None else pbc.reshape(-1, 3)
+    cutoff = _common.length("r_max", r_max)
+    pairs = diffnl.neighbor_pairs(positions.to(dtype), vectors, pbc, cutoff, data.get("batch"))
     data["edge_index"] = pairs.mapping
     if cell is not None:
         data["edge_cell_shift"] = pairs.shifts.to(positions.dtype)

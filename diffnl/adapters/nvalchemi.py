@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from ..neighbors import neighbor_pairs
+from . import _common
 
 _METHODS = "(batch_)?(naive(_scalar|_tile|_dual_cutoff)?|cell_list(_(atom|pair)_centric)?|cluster_tile)"
 _OPTIONS = "max_neighbors[12]?|return_(distances|vectors)|neighbor_matrix(_shifts)?|num_neighbors"
 # Space for its searches and hints to them, without effect here.
 _OPTIONS += "|[a-z_]+_per_(system|dimension|group)|[a-z_]+_buffer|neighbor_search_radius|strategy"
 _OPTIONS += "|cell_(offsets|atom_[a-z_]+)|atom(s_per|_to|_periodic|_centric)_[a-z_]+|sorted_[a-z]+"
+_COLUMNS = "distances", "vectors"
 
 
 def neighbor_list(
@@ -41,7 +43,7 @@ def neighbor_list(
         `neighbor_matrix_shifts` (N, K, 3); or `neighbor_list` (2, P), `neighbor_ptr` (N + 1,),
         `neighbor_list_shifts` (P, 3). int32. Then, in this form too, the wanted distances and vectors
         v = r_j - r_i + S @ cell, 0 in empty places, differentiable to every order, for one cutoff only.
-        The matrix is cut off at K, `num_neighbors` is not: compare.
+        The matrix is cut off at K, which a warning says, and `num_neighbors` is not.
 
     Raises:
         NeighborOverflowError: in COO form, more neighbours than a given `max_neighbors`.
@@ -57,13 +59,18 @@ def neighbor_list(
     if not re.fullmatch(_METHODS, method or "naive") or grid_policy not in ("configured", "adaptive"):
         raise ValueError(f"Invalid method: {method}, or grid_policy: {grid_policy}")
 
+    half_fill = _common.flag("half_fill", half_fill)
+    return_neighbor_list = _common.flag("return_neighbor_list", return_neighbor_list)
     extra = ["shifts"] * (pbc is not None or "cell_list" in (method or ""))
-    extra += [name for name in ("distances", "vectors") if f"return_{name}" in given]
+    wanted = {name: _common.flag(f"return_{name}", given.get(f"return_{name}", False)) for name in _COLUMNS}
+    extra += [name for name in _COLUMNS if wanted[name]]
     cell, pbc, system_idx = _systems(positions, cell, pbc, batch_idx, batch_ptr)
-    rows, cutoffs = len(positions), [float(one) for one in (cutoff, cutoff2) if one is not None]
+    rows, cutoffs = len(positions), [_common.length("cutoff", cutoff)]
+    cutoffs += [] if cutoff2 is None else [_common.length("cutoff2", cutoff2)]
     limit = given["neighbor_matrix"].shape[1] if "neighbor_matrix" in given else None
     limit = given.get("max_neighbors", given.get("max_neighbors1", limit))
-    limits = limit, given.get("max_neighbors2", limit)
+    limits = [limit, given.get("max_neighbors2", limit)]
+    limits = [one if one is None else _common.count("max_neighbors", one) for one in limits]
     guess = 16 * math.ceil(max(16.0, 0.8 / 3.0 * math.pi * max(cutoffs) ** 3) / 16)
 
     results: list[Tensor] = []
@@ -79,6 +86,9 @@ def neighbor_list(
             results += [pairs.mapping.to(torch.int32), starts, *columns]
             continue
         width, slot = guess if limit is None else limit, torch.arange(len(j), device=i.device) - starts[i]
+        if len(j) > width:
+            kept = int(starts.diff().clamp(max=width).sum())
+            _common.warn_of_dropped("max_neighbors", width, kept, len(j), stacklevel=2)
         # What is cut off goes to one more place, behind the matrix.
         place = torch.where(slot < width, i * width + slot, rows * width)
         fill = rows if fill_value is None else fill_value
@@ -104,10 +114,11 @@ def _systems(positions, cell, pbc, batch_idx, batch_ptr):
         atoms = torch.arange(len(positions), device=positions.device)
         batch_idx = torch.bucketize(atoms, batch_ptr[1:].long(), right=True)
     if batch_idx is not None and (cell is None or cell.shape in ((3, 3), (1, 3, 3))):
+        pbc = False if cell is None else pbc
         cell = positions.new_zeros(1, 3, 3) if cell is None else cell.reshape(1, 3, 3)
         last = int(batch_idx.max()) if batch_ptr is None and len(batch_idx) else 0
         cell = cell.expand(last + 1 if batch_ptr is None else len(batch_ptr) - 1, 3, 3)
-    return cell, pbc.reshape(3) if pbc is not None and pbc.numel() == 3 else pbc, batch_idx
+    return cell, pbc.reshape(3) if isinstance(pbc, Tensor) and pbc.numel() == 3 else pbc, batch_idx
 
 
 def _overflow(limit: int, most: int) -> Exception:

@@ -3,12 +3,13 @@ None of them needs torch_cluster or pyg-lib.
 """
 
 import copy
-import warnings
 
 import torch
 from torch import Tensor, nn
 
 import diffnl
+
+from . import _common
 
 
 def radius_graph(
@@ -32,7 +33,7 @@ def radius_graph(
         r: > 0, in the unit of `x`.
         batch: (N,) integer, the example of each point, in any order. None: one.
         loop: list each point with itself too; it counts as a neighbour.
-        max_num_neighbors: how many sources a target may have. None: all.
+        max_num_neighbors: how many sources a target may have, >= 1. None: all.
         flow: "source_to_target": row 0 is the neighbour, row 1 the centre; "target_to_source": the reverse.
         num_workers, batch_size: make no difference.
 
@@ -43,6 +44,9 @@ def radius_graph(
         ValueError, TypeError: more than three dimensions, another flow; as `diffnl.neighbor_pairs`.
     """
     _check(flow)
+    r, loop = _common.length("r", r), _common.flag("loop", loop)
+    if max_num_neighbors is not None:
+        max_num_neighbors = _common.count("max_num_neighbors", max_num_neighbors, least=1)
     if x.numel() == 0:
         return torch.empty(2, 0, dtype=torch.int64, device=x.device)
     x = x.unsqueeze(1) if x.ndim == 1 else x
@@ -57,9 +61,8 @@ def radius_graph(
     if max_num_neighbors is not None and max_num_neighbors < num_points:
         place = torch.arange(edges.shape[1], device=x.device) - torch.searchsorted(edges[0], edges[0])
         kept = edges[:, place < max_num_neighbors]
-        if kept.shape[1] < edges.shape[1]:
-            dropped = f"{edges.shape[1] - kept.shape[1]} of {edges.shape[1]} edges"
-            warnings.warn(f"`max_num_neighbors` = {max_num_neighbors} drops {dropped}", stacklevel=2)
+        found = "max_num_neighbors", max_num_neighbors, kept.shape[1], edges.shape[1]
+        _common.warn_of_dropped(*found, stacklevel=2)
         edges = kept
     return edges.flip(0) if flow == "source_to_target" else edges
 
@@ -81,9 +84,10 @@ class PeriodicRadiusGraph:
 
     def __init__(self, r: float, flow: str = "source_to_target"):
         _check(flow)
-        self.r, self.flow = r, flow
+        self.r, self.flow = _common.length("r", r), flow
 
     def __call__(self, data):
+        _check(self.flow)
         data = copy.copy(data)  # as PyG's own transforms: the dataset keeps what it has
         cell, pbc = getattr(data, "cell", None), getattr(data, "pbc", None)
         if cell is not None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..neighbors import neighbor_pairs
+from . import _common
 
 
 def find_points_in_spheres(all_coords, center_coords, r, pbc, lattice, tol=1e-8, min_r=1.0):
@@ -18,7 +19,7 @@ def find_points_in_spheres(all_coords, center_coords, r, pbc, lattice, tol=1e-8,
     Args:
         all_coords: (N, 3) points, of one cell; they may lie anywhere. Any length unit.
         center_coords: (M, 3) centres, which may lie anywhere too.
-        r: the radius, in that unit.
+        r: the radius >= 0, in that unit.
         pbc: three flags.
         lattice: (3, 3), rows are lattice vectors.
         tol: what is added to r^2, so a squared length, whatever its name in `Structure.get_neighbor_list`.
@@ -29,18 +30,19 @@ def find_points_in_spheres(all_coords, center_coords, r, pbc, lattice, tol=1e-8,
         float64, distances (P,) float64. pymatgen fixes no order of the points of a centre.
 
     Raises:
-        ValueError: what `neighbor_pairs` raises: values that are not finite, a singular lattice on periodic
-            axes; pymatgen checks neither, and needs a lattice that can be inverted on open axes too. No
-            points or no centres make an empty list here, and an error there.
+        ValueError: a negative radius; what `neighbor_pairs` raises: values that are not finite, a singular
+            lattice on periodic axes; pymatgen checks none of these, and needs a lattice that can be inverted
+            on open axes too. No points or no centres make an empty list here, and an error there.
     """
+    r, tol = _common.length_or_zero("r", r), _common.length_or_zero("tol", tol)
     points, centers = (np.asarray(x, dtype=float).reshape(len(x), 3) for x in (all_coords, center_coords))
     same = np.array_equal(points, centers)
-    positions = torch.tensor(points if same else np.concatenate([centers, points]))
-    cell = torch.tensor(np.asarray(lattice, dtype=float))
+    positions = torch.tensor(points if same else np.concatenate([centers, points]), device="cpu")
+    cell = torch.tensor(np.asarray(lattice, dtype=float), device="cpu")
     # A little farther than either rule, which then decides; never 0, which finds no coincident points.
     reach = max(math.sqrt(r * r + tol), 1e-3) * (1.0 + 1e-12)
     # The centres come first: a half list holds each of their pairs with points from the centre's side.
-    pairs = neighbor_pairs(positions, cell, [bool(flag) for flag in pbc], reach, full=same)
+    pairs = neighbor_pairs(positions, cell, _common.axes(pbc), reach, full=same)
     found = *pairs.mapping, pairs.shifts.double(), pairs.vectors
     i, j, images, vectors = (array.numpy() for array in found)
     squares = np.einsum("pc,pc->p", vectors, vectors)

@@ -18,6 +18,8 @@ import torch
 
 import diffnl
 
+from . import _common
+
 if TYPE_CHECKING:
     DiffnlNeighborList: type
 
@@ -38,9 +40,9 @@ def _make():
 
         def _build_neighbor_list(self, Z, positions, cell, pbc, cutoff):
             with torch.no_grad():
-                pairs = diffnl.neighbor_pairs(positions, cell, pbc, cutoff)
+                pairs = diffnl.neighbor_pairs(positions, cell, pbc, _common.length("cutoff", cutoff))
             idx_i, idx_j = pairs.mapping
-            return idx_i, idx_j, pairs.shifts.to(positions.dtype) @ cell
+            return idx_i, idx_j, _common.product(pairs.shifts.to(positions.dtype), cell)
 
     # Where pickle looks for it.
     DiffnlNeighborList.__qualname__ = "DiffnlNeighborList"

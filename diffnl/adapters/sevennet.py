@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ..neighbors import neighbor_pairs
+from . import _common
 
 
 def use_diffnl():
@@ -36,8 +37,8 @@ def graph_build(cutoff: float, pbc, cell, pos) -> tuple[np.ndarray, np.ndarray, 
         source (P,) int64, destination (P,) int64, vectors from source to destination (P, 3) float64, shifts
         (P, 3) int32.
     """
-    positions, cell = (torch.tensor(np.asarray(x), dtype=torch.float64) for x in (pos, cell))
-    pairs = neighbor_pairs(positions, cell, [bool(periodic) for periodic in pbc], float(cutoff))
+    where = (torch.tensor(np.asarray(x), dtype=torch.float64, device="cpu") for x in (pos, cell))
+    pairs = neighbor_pairs(*where, _common.axes(pbc), _common.length("cutoff", cutoff))
     return *pairs.mapping.numpy(), pairs.vectors.numpy(), pairs.shifts.numpy()
 
 
@@ -73,7 +74,7 @@ def graph(
     import sevenn._keys as KEY
     from sevenn.atom_graph_data import AtomGraphData
 
-    pairs = neighbor_pairs(positions, cell, pbc, cutoff, system_idx)
+    pairs = neighbor_pairs(positions, cell, pbc, _common.length("cutoff", cutoff), system_idx)
     number = torch.tensor(len(positions), device=positions.device)
     data = {}
     if cell.dim() == 3:
@@ -82,13 +83,14 @@ def graph(
         number = system_idx.new_zeros(len(cell)).index_add(0, system_idx, torch.ones_like(system_idx))
         data[KEY.BATCH] = system_idx.long()
     atomic_numbers = atomic_numbers.long()
+    a, b, c = cell.detach().unbind(-2)
     data |= {
         KEY.NODE_FEATURE: atomic_numbers,  # the model puts its own numbers there
         KEY.ATOMIC_NUMBERS: atomic_numbers,
         KEY.POS: positions.to(dtype),
         KEY.EDGE_IDX: pairs.mapping,
         KEY.EDGE_VEC: pairs.vectors.to(dtype),
-        KEY.CELL_VOLUME: torch.linalg.det(cell.detach()).abs().to(dtype),
+        KEY.CELL_VOLUME: (torch.linalg.cross(a, b) * c).sum(-1).abs().to(dtype),
         KEY.NUM_ATOMS: number.long(),
         KEY.CELL: cell.to(dtype),
         KEY.CELL_SHIFT: pairs.shifts.to(dtype),

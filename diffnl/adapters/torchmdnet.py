@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 import diffnl
 
+from .._validate import has_values
+from . import _common
+
 TOO_MANY = "Found num_pairs > max_num_pairs, please increase max_num_pairs"  # theirs, word for word
 
 
@@ -19,7 +22,7 @@ class OptimizedDistance(nn.Module):
     nearest image without a check. Cannot be scripted.
 
     Args:
-        cutoff_lower, cutoff_upper: in the length unit of the positions.
+        cutoff_lower, cutoff_upper: >= 0 and > 0, in the length unit of the positions.
         max_num_pairs: how many edges there may be; negative: as many times the number of atoms.
         loop: list each atom with itself, at distance 0 and whatever `cutoff_lower`; these come first.
         strategy: "brute" or "cell", which makes no difference; anything else is a ValueError.
@@ -48,10 +51,15 @@ class OptimizedDistance(nn.Module):
         super().__init__()
         if strategy not in ("brute", "cell"):
             raise ValueError(f"`strategy` must be 'brute' or 'cell'; got {strategy!r}")
+        names = "return_vecs", "loop", "include_transpose", "resize_to_fit", "long_edge_index"
+        given = return_vecs, loop, include_transpose, resize_to_fit, long_edge_index
+        for name, value in zip(names, given, strict=True):
+            _common.flag(name, value)
         self.cutoff_lower, self.cutoff_upper, self.max_num_pairs = cutoff_lower, cutoff_upper, max_num_pairs
         self.return_vecs, self.loop, self.include_transpose = return_vecs, loop, include_transpose
         self.strategy, self.resize_to_fit, self.long_edge_index = strategy, resize_to_fit, long_edge_index
         self.use_periodic = box is not None
+        # Of no effect where it is zero, and then where modules are made, as all buffers are.
         self.register_buffer("box", torch.zeros(3, 3) if box is None else box)
 
     def forward(self, pos: Tensor, batch: Tensor | None = None, box: Tensor | None = None):
@@ -61,6 +69,8 @@ class OptimizedDistance(nn.Module):
             RuntimeError: more edges than `max_num_pairs`; on a GPU without `resize_to_fit` asynchronously.
             ValueError, TypeError: as `diffnl.neighbor_pairs`.
         """
+        lower = _common.length_or_zero("cutoff_lower", self.cutoff_lower)
+        upper = _common.length("cutoff_upper", self.cutoff_upper)
         num_atoms = pos.shape[0]
         most = self.max_num_pairs if self.max_num_pairs >= 0 else -self.max_num_pairs * num_atoms
         loops = num_atoms if self.loop else 0
@@ -70,16 +80,18 @@ class OptimizedDistance(nn.Module):
         periodic = self.use_periodic or box is not None
         cell = _cells(self.box if box is None else box, pos, batch, periodic, capacity)
         options = {"full": self.include_transpose, "capacity": capacity}
-        pairs = diffnl.neighbor_pairs(pos, cell, periodic, self.cutoff_upper, batch, **options)
+        pairs = diffnl.neighbor_pairs(pos, cell, periodic, upper, batch, **options)
         # A copy: models write into the vectors, and the gradient of the distances needs them as they are.
         index, weight, vec = pairs.mapping.flip(0), pairs.distances, pairs.vectors.clone()
-        near = vec.detach().square().sum(1) < self.cutoff_lower**2
+        near = vec.detach().square().sum(1) < lower**2
         if capacity is not None:
+            if pos.device.type == "cpu" and has_values(pos) and pairs.num_pairs < 0:
+                pairs.check()  # raises; on a GPU, which is not waited for, vectors are NaN
             torch._assert_async(pairs.num_pairs <= capacity, TOO_MANY)
             gone = near | ~pairs.mask
             index, weight = index.masked_fill(gone, -1), weight.masked_fill(gone, 0.0)
             vec = vec.masked_fill(gone.unsqueeze(1), 0.0)
-        if self.cutoff_lower > 0:  # padding goes to the end
+        if lower > 0:  # padding goes to the end
             kept = torch.nonzero(~near)[:, 0] if capacity is None else torch.argsort(gone, stable=True)
             index, weight, vec = index[:, kept], weight[kept], vec[kept]
         if loops + len(weight) > most:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import diffnl
 
+from . import _common
+
 
 @torch.no_grad()
 def torchsim_nl(
@@ -46,9 +48,9 @@ def torchsim_nl(
         ValueError, TypeError: as `diffnl.neighbor_pairs`.
     """
     cell, pbc = _by_system(cell, pbc, system_idx)
-    pairs = diffnl.neighbor_pairs(positions, cell, pbc, float(cutoff), system_idx)
+    pairs = diffnl.neighbor_pairs(positions, cell, pbc, _common.length("cutoff", cutoff), system_idx)
     mapping, shifts = pairs.mapping, pairs.shifts.to(positions.dtype)
-    if self_interaction:
+    if _common.flag("self_interaction", self_interaction):
         atoms = torch.arange(positions.shape[0], device=positions.device)
         mapping = torch.cat((mapping, atoms.expand(2, -1)), 1)
         shifts = torch.cat((shifts, torch.zeros_like(positions)))
@@ -74,7 +76,8 @@ def unbatched_nl(
     Raises:
         ValueError, TypeError: as `diffnl.neighbor_pairs`.
     """
-    pairs = diffnl.neighbor_pairs(positions, cell, pbc, float(cutoff), sorted=sort_id)
+    cutoff, sort_id = _common.length("cutoff", cutoff), _common.flag("sort_id", sort_id)
+    pairs = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, sorted=sort_id)
     return pairs.mapping, pairs.shifts.to(positions.dtype)
 
 

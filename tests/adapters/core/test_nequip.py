@@ -128,12 +128,15 @@ def test_without_a_cell_there_are_no_shifts(frames):
     )
 
 
-def test_missing_boundary_conditions_are_open():
+def test_a_cell_without_boundary_conditions_is_an_error_and_not_a_molecule():
     data = from_ase(CRYSTALS["salt"])
     del data["pbc"]
+    assert not compute_neighborlist_(dict(data), R_MAX)["edge_cell_shift"].any()
+    with pytest.raises(ValueError, match="`pbc` must be in the data where there is a cell"):
+        compute_neighborlist_(dict(data), R_MAX, backend="diffnl")
+    data["cell"] = torch.zeros_like(data["cell"])
     ours = compute_neighborlist_(dict(data), R_MAX, backend="diffnl")
     assert_same_pairs(ours, compute_neighborlist_(dict(data), R_MAX))
-    assert not ours["edge_cell_shift"].any()
 
 
 def test_a_float64_cell_keeps_its_digits_beside_float32_positions():

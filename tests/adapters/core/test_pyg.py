@@ -120,7 +120,7 @@ def test_errors():
         radius_graph(points(9), 1.0, flow="sideways")
     with pytest.raises(ValueError, match="`flow` must be"):
         PeriodicRadiusGraph(1.0, flow="sideways")
-    with pytest.raises(ValueError, match="`cutoff` must be finite and > 0"):
+    with pytest.raises(ValueError, match="`r` must be finite and > 0"):
         radius_graph(points(9), 0.0)
     with pytest.raises(TypeError, match="must be float32 or float64"):
         radius_graph(points(9).half(), 1.0)

@@ -178,7 +178,7 @@ def test_atoms_anywhere():
 
 def test_errors():
     data = data_of(SYSTEMS["salt"])
-    with pytest.raises(ValueError, match="`cutoff` must be finite and > 0"):
+    with pytest.raises(ValueError, match="`radius` must be finite and > 0"):
         ours.radius_graph_pbc(data, float("inf"), ALL)
     data.cell[0, 1] = data.cell[0, 0]
     with pytest.raises(ValueError, match="`cell`"):
