@@ -8,13 +8,17 @@
 
 The crystal's cell and atoms are relaxed first; `mlip/properties.py` has the definitions, `mlip/dynamics.py`
 the molecular dynamics. The output folder receives `properties.json`, with every number, and `phonons.png`,
-`eos.png`, `nve.png` and `npt.png`. The exit status is 1 if derivatives and finite differences do not agree:
-elastic constants to 0.1 % of the largest, frequencies to 0.02 THz.
+`eos.png`, `nve.png` and `npt.png`. Each part is by itself: `properties.json` is written when one ends, keeps
+what an earlier run found of the same crystal and potential, and of a part that fails what it had and the
+error. The exit status is 1 if a part failed, or if derivatives and finite differences do not agree: elastic
+constants to 0.1 % of the largest, squared frequencies to 0.2 % of the largest. A crystal that is not stable
+is no disagreement: imaginary modes are labelled as such.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -36,15 +40,21 @@ from mlip.properties import (
     elastic_by_differences,
     elastic_constants,
     elastic_from_frames,
-    equation_of_state,
+    energies_over_volumes,
+    fit_curve,
     phonon_bands,
     relax,
 )
 from mlip.report import row_of_axes
+from mlip.training import write_atomically
 
-PARTS = ("relax", "elastic", "eos", "phonons", "nve", "npt")
+# The parts, and how messages call them.
+PARTS = {"relax": "relaxation", "elastic": "elastic constants", "eos": "equation of state"}
+PARTS |= {"phonons": "phonons", "nve": "NVE", "npt": "NPT"}
 ELASTIC_TOLERANCE = 1e-3  # of the largest constant
-PHONON_TOLERANCE = 0.02  # THz
+PHONON_TOLERANCE = 2e-3  # of the largest squared frequency
+IMAGINARY = 5e-3  # a mode is imaginary if it is so by more than this part of the highest frequency
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 CUBIC = ("C11", "C12", "C44")
 HELD = ", atoms held"
 
@@ -113,10 +123,12 @@ def box(atoms: ase.Atoms, count: int) -> ase.Atoms:
     return cube * (repeat, repeat, repeat)
 
 
-# ---- a function for each property: prints a table, draws, and returns what goes into properties.json ----
+# ---- a function for each property: prints a table, draws, fills `found` for properties.json as it goes ----
 
 
-def report_relax(crystal: ase.Atoms, calculator: PotentialCalculator, options: argparse.Namespace) -> dict:
+def report_relax(
+    crystal: ase.Atoms, calculator: PotentialCalculator, options: argparse.Namespace, found: dict
+) -> None:
     """A strained and rattled crystal must relax to the same crystal as the one that was not."""
     strained = crystal.copy()
     strain = np.array([[0.03, 0.01, 0.0], [0.01, -0.02, 0.0], [0.0, 0.0, 0.01]])
@@ -124,7 +136,7 @@ def report_relax(crystal: ase.Atoms, calculator: PotentialCalculator, options: a
     strained.rattle(0.03, seed=1)
     strained.calc = calculator
     states = {"strained": strained, "relaxed": relax(strained, calculator), "not strained": crystal}
-    found = {
+    found |= {
         name: {
             "energy (eV/atom)": atoms.get_potential_energy() / len(atoms),
             "volume (Å³/atom)": atoms.get_volume() / len(atoms),
@@ -136,7 +148,6 @@ def report_relax(crystal: ase.Atoms, calculator: PotentialCalculator, options: a
     print(f"\n{'relaxation of cell':<24}" + "".join(f"{name:>14}" for name in found))
     for row in found["strained"]:
         print(f"{row:<24}" + "".join(f"{state[row]:>14.5f}" for state in found.values()))
-    return found
 
 
 def references(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
@@ -155,11 +166,15 @@ def references(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
     return found
 
 
-def report_elastic(crystal: ase.Atoms, calculator: PotentialCalculator, options: argparse.Namespace) -> dict:
-    derivative = elastic_constants(crystal, calculator.model)
-    differences = elastic_by_differences(crystal, calculator)
+def report_elastic(
+    crystal: ase.Atoms, calculator: PotentialCalculator, options: argparse.Namespace, found: dict
+) -> None:
     known = references(options)
-    found: dict = {"derivative": {}, "differences": {}, "reference": {}}
+    derivative = elastic_constants(crystal, calculator.model)
+    found |= {"relaxed": derivative.relaxed.tolist(), "held": derivative.held.tolist()}
+    differences = elastic_by_differences(crystal, calculator)
+    found |= {"derivative": {}, "differences": {}, "reference": {}}
+    scale = float(np.abs(derivative.held).max())
     print(
         f"\n{'elastic constants (GPa)':<24}{'derivative':>12}{'differences':>13}{'relative':>10}"
         f"{'reference':>18}"
@@ -168,16 +183,17 @@ def report_elastic(crystal: ase.Atoms, calculator: PotentialCalculator, options:
         values, others = (cubic_constants(getattr(by, which)) for by in (derivative, differences))
         for name, value, other in zip((name + suffix for name in CUBIC), values, others, strict=True):
             found["derivative"][name], found["differences"][name] = float(value), float(other)
-            line = f"{name:<24}{value:>12.3f}{other:>13.3f}{abs(value / other - 1):>10.0e}"
+            line = f"{name:<24}{value:>12.3f}{other:>13.3f}{abs(value - other) / scale:>10.0e}"
             if name in known:
                 reference, spread = found["reference"][name] = known[name]
                 plus_minus = f" ± {spread:.1f}" if spread else ""
-                line += f"{f'{reference:.1f}{plus_minus}':>18}{100 * (value / reference - 1):>+7.1f} %"
+                line += f"{f'{reference:.1f}{plus_minus}':>18}"
+                if reference:
+                    line += f"{100 * (value / reference - 1):>+7.1f} %"
             print(line)
     pairs = ((derivative.held, differences.held), (derivative.relaxed, differences.relaxed))
-    worst = max(float(np.abs(a - b).max()) for a, b in pairs) / float(np.abs(derivative.held).max())
+    worst = max(float(np.abs(a - b).max()) for a, b in pairs) / scale
     found |= {"largest difference": worst, "agree": worst <= ELASTIC_TOLERANCE}
-    found |= {"relaxed": derivative.relaxed.tolist(), "held": derivative.held.tolist()}
     print(f"all 36, held and relaxed: largest difference {worst:.0e} of the largest")
     c11, c12, c44 = cubic_constants(derivative.relaxed)
     cubic = np.diag([c11 - c12] * 3 + [c44] * 3)
@@ -186,11 +202,15 @@ def report_elastic(crystal: ase.Atoms, calculator: PotentialCalculator, options:
         print("not a cubic crystal along x, y, z: these are means; properties.json has the matrices")
     if (softest := np.linalg.eigvalsh(derivative.relaxed)[0]) <= 0:
         print(f"not stable: the smallest eigenvalue of the matrix is {softest:.2f} GPa")
-    return found
 
 
-def report_eos(crystal: ase.Atoms, calculator: PotentialCalculator, options: argparse.Namespace) -> dict:
-    curve = equation_of_state(crystal, calculator)
+def report_eos(
+    crystal: ase.Atoms, calculator: PotentialCalculator, options: argparse.Namespace, found: dict
+) -> None:
+    volumes, energies = energies_over_volumes(crystal, calculator)
+    found |= {"volumes": volumes.tolist(), "energies": energies.tolist()}
+    curve = fit_curve(volumes, energies)
+    found |= plain(curve)
     c11, c12, _ = cubic_constants(elastic_constants(crystal, calculator.model).relaxed)
     bulk = float(c11 + 2 * c12) / 3
     print(f"\n{'equation of state':<24}{'curve':>12}{'crystal':>13}")
@@ -204,10 +224,17 @@ def report_eos(crystal: ase.Atoms, calculator: PotentialCalculator, options: arg
     axes.set(xlabel="volume (Å³/atom)", ylabel="energy (eV/atom)", title=f"B = {curve.bulk:.1f} GPa")
     axes.legend(frameon=False)
     save()
-    return plain(curve) | {"(C11 + 2 C12) / 3": bulk}
+    found["(C11 + 2 C12) / 3"] = bulk
 
 
-def report_phonons(crystal: ase.Atoms, calculator: PotentialCalculator, options: argparse.Namespace) -> dict:
+def frequency(value: float, highest: float) -> str:
+    """In THz; an imaginary one, which phonopy gives as a negative number, with an i."""
+    return f"{-value:.3f} i" if value < -IMAGINARY * highest else f"{value:.3f}"
+
+
+def report_phonons(
+    crystal: ase.Atoms, calculator: PotentialCalculator, options: argparse.Namespace, found: dict
+) -> None:
     bands = phonon_bands(crystal, calculator.model, calculator, options.supercell)
     print(f"\n{f'phonons (THz), {bands.atoms} atoms':<24}{'derivative':>12}{'differences':>13}")
     points = {}
@@ -216,12 +243,19 @@ def report_phonons(crystal: ase.Atoms, calculator: PotentialCalculator, options:
     for name, (value, other) in points.items():
         label = "Gamma" if name == "G" else name
         if name != "G":
-            print(f"{label + ', lowest':<24}{value[0]:>12.3f}{other[0]:>13.3f}")
+            cells = [frequency(f, bands.highest) for f in (value[0], other[0])]
+            print(f"{label + ', lowest':<24}{cells[0]:>12}{cells[1]:>13}")
         print(f"{label + ', highest':<24}{value[-1]:>12.3f}{other[-1]:>13.3f}")
-    lowest = min(float(curve.min()) for curve in bands.derivative)
-    print(f"along the path: largest difference {bands.largest:.1e} THz; lowest frequency {lowest:.3f} THz")
+    lowest, line = bands.lowest()
+    print(
+        f"along the path: largest difference {bands.largest:.1e} THz, of the squares {bands.apart:.0e} of the"
+        f" largest; lowest frequency {frequency(lowest, bands.highest)} THz"
+    )
+    found |= plain(bands) | {"agree": bands.apart <= PHONON_TOLERANCE}
+    found["imaginary"] = lowest < -IMAGINARY * bands.highest
+    if found["imaginary"]:
+        print(f"imaginary modes, the lowest on {line}: the crystal is not stable with this potential")
     plot_bands(bands, options.out / "phonons.png")
-    return plain(bands) | {"agree": bands.largest <= PHONON_TOLERANCE}
 
 
 def plot_bands(bands: Bands, path: Path) -> None:
@@ -241,7 +275,7 @@ def plot_bands(bands: Bands, path: Path) -> None:
     save()
 
 
-def report_dynamics(kind: str, crystal: ase.Atoms, options: argparse.Namespace) -> dict:
+def report_dynamics(kind: str, crystal: ase.Atoms, options: argparse.Namespace, found: dict) -> None:
     calculator = PotentialCalculator(options.potential, options.device, getattr(torch, options.dtype))
     atoms = box(crystal, options.md_atoms)
     choices = {name: getattr(options, name) for name in ("temperature", "ps", "step", "seed")}
@@ -264,8 +298,8 @@ def report_dynamics(kind: str, crystal: ase.Atoms, options: argparse.Namespace) 
         axes.plot(run.time, getattr(run, key), linewidth=0.7)
         axes.set(xlabel="time (ps)", ylabel=unit, title=key)
     save()
-    found = {"atoms": len(atoms), "dtype": options.dtype, "drift": run.drift, "excursion": run.excursion}
-    return found | choices | {"means": means, "milliseconds a step": milliseconds} | plain(run)
+    found |= {"atoms": len(atoms), "dtype": options.dtype, "drift": run.drift, "excursion": run.excursion}
+    found |= choices | {"means": means, "milliseconds a step": milliseconds} | plain(run)
 
 
 def panels(count: int, path: Path) -> tuple[list, Callable[[], None]]:
@@ -287,9 +321,39 @@ def plain(found) -> dict:
 
 REPORTS = {
     "relax": report_relax, "elastic": report_elastic, "eos": report_eos, "phonons": report_phonons,
-    "nve": lambda crystal, _, options: report_dynamics("nve", crystal, options),
-    "npt": lambda crystal, _, options: report_dynamics("npt", crystal, options),
+    "nve": lambda crystal, _, *rest: report_dynamics("nve", crystal, *rest),
+    "npt": lambda crystal, _, *rest: report_dynamics("npt", crystal, *rest),
 }  # fmt: skip
+
+
+def begin(crystal: ase.Atoms, options: argparse.Namespace) -> dict:
+    """The crystal and its potential, with what an earlier run found of the same two."""
+    found = {"formula": str(crystal.symbols), "cell": crystal.cell.tolist()}
+    found["positions"] = crystal.positions.tolist()
+    found["potential"] = hashlib.sha256(options.potential.read_bytes()).hexdigest()
+    try:
+        earlier = json.loads((options.out / "properties.json").read_text())
+    except (OSError, ValueError):
+        return found
+    same = all(earlier.get(key) == value for key, value in found.items())
+    return earlier if same else found
+
+
+def run_part(
+    name: str, crystal: ase.Atoms, calculator, options: argparse.Namespace, found: dict
+) -> str | None:
+    """A part, which fills `found[name]`. Whatever it raises is returned as text, so that the others go on."""
+    found[name] = {}
+    try:
+        REPORTS[name](crystal, calculator, options, found[name])
+    except Exception as error:
+        found[name]["error"] = (
+            f"{error}" if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+        )
+        return found[name]["error"]
+    if not found[name].get("agree", True):
+        return "derivatives and finite differences do not agree"
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -297,23 +361,41 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         calculator = PotentialCalculator(options.potential, options.device, torch.float64)
-        crystal = relax(structure(options.structure, calculator.model.config.species), calculator)
-        print(f"{crystal.symbols}, {crystal.cell.get_bravais_lattice()}")
-        found = {"formula": str(crystal.symbols), "cell": crystal.cell.tolist()}
-        found["positions"] = crystal.positions.tolist()
-        for name, report in REPORTS.items():
-            if name in options.only:
-                found[name] = report(crystal, calculator, options)
+        crystal = structure(options.structure, calculator.model.config.species)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    (options.out / "properties.json").write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        crystal = relax(crystal, calculator)
+    except Exception as error:
+        print(f"error: relaxation of the crystal, where all parts start: {error}", file=sys.stderr)
+        return 1
+    print(f"{crystal.symbols}, {crystal.cell.get_bravais_lattice()}")
+    found, target = begin(crystal, options), options.out / "properties.json"
+    names = [name for name in PARTS if name in options.only]
+    wrong = {}
+    for k, name in enumerate(names):
+        print(f"\npart {k + 1} of {len(names)}: {PARTS[name]}", flush=True)
+        try:
+            problem = run_part(name, crystal, calculator, options, found)
+        except KeyboardInterrupt:
+            rest = ",".join(names[k:])
+            print(f"\ninterrupted in {PARTS[name]}; the parts before are in {target}", file=sys.stderr)
+            print(f"the rest: the same command with --only {rest}", file=sys.stderr)
+            return INTERRUPTED
+        if problem:
+            wrong[name] = problem
+            print(f"error: {PARTS[name]}: {problem}", file=sys.stderr)
+        write_atomically(json.dumps(found, indent=1) + "\n", target)
     print(f"\nwrote properties.json and plots to {options.out}")
-    apart = [name for name in options.only if not found[name].get("agree", True)]
-    for name in apart:
-        print(f"error: {name}: derivatives and finite differences do not agree", file=sys.stderr)
-    return 1 if apart else 0
+    if wrong:
+        titles = ", ".join(PARTS[name] for name in wrong)
+        print(
+            f"error: {len(wrong)} of {len(names)} parts are not as they should be: {titles}", file=sys.stderr
+        )
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a file shows each line when it is printed
     sys.exit(main())

@@ -11,6 +11,8 @@ from ase.md.nose_hoover_chain import MTKNPT
 from ase.md.verlet import VelocityVerlet
 from ase.units import GPa, fs, kB
 
+from .progress import watch
+
 
 @dataclass
 class Trajectory:
@@ -71,7 +73,10 @@ def record(dynamics, steps: int, every: int, conserved, with_pressure: bool) -> 
             trajectory.pressure.append(float(-stress[:3].mean() / GPa))
 
     dynamics.attach(note, interval=every)
-    dynamics.run(steps)
+    with watch("molecular dynamics", steps) as update:
+        for _ in dynamics.irun(steps):  # the first is the state before any step
+            if dynamics.nsteps > 0:
+                update()
     return trajectory
 
 

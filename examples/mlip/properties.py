@@ -28,6 +28,7 @@ from diffnl.stress import from_voigt, strained
 from .calculator import inputs_of, relax_cell
 from .data import Frame
 from .model import Potential
+from .progress import track, watch
 
 # ---- second derivatives through the layer ----
 
@@ -40,7 +41,9 @@ def hessian_rows(energy: torch.Tensor, x: torch.Tensor, rows) -> torch.Tensor:
     """
     (gradient,) = torch.autograd.grad(energy, x, create_graph=True)
     gradient = gradient.reshape(-1)
-    found = [torch.autograd.grad(gradient[k], x, retain_graph=True)[0].reshape(-1) for k in rows]
+    found = []
+    for k in track(rows, "rows of the Hessian", "row"):
+        found.append(torch.autograd.grad(gradient[k], x, retain_graph=True)[0].reshape(-1))
     return torch.stack(found)
 
 
@@ -102,7 +105,8 @@ def relax(atoms: ase.Atoms, calculator: Calculator, fmax: float = 1e-6, steps: i
     """
     atoms = atoms.copy()
     atoms.calc = calculator
-    converged, _ = relax_cell(atoms, fmax, steps)
+    with watch("relaxation of cell and atoms"):
+        converged, _ = relax_cell(atoms, fmax, steps)
     if not converged:
         raise RuntimeError(f"the cell is not relaxed after {steps} steps of FIRE: is the crystal stable?")
     return atoms
@@ -128,14 +132,12 @@ def elastic_by_differences(atoms: ase.Atoms, calculator: Calculator, step: float
 
     The error is of second order in `step`, about 1e-5 of a constant for the default.
     """
-    parts = {}
-    for free in (False, True):
-        columns = []
-        for strain in step * np.eye(6):
-            plus, minus = (strained_stress(atoms, calculator, s * strain, free) for s in (1, -1))
-            columns.append((plus - minus) / (2 * step))
-        parts[free] = np.stack(columns, axis=1)
-    return Elastic(parts[False], parts[True])
+    parts = np.empty((2, 6, 6))
+    for free, k in track([(free, k) for free in (0, 1) for k in range(6)], "strained cells", "strain"):
+        strain = step * np.eye(6)[k]
+        plus, minus = (strained_stress(atoms, calculator, s * strain, bool(free)) for s in (1, -1))
+        parts[free, :, k] = (plus - minus) / (2 * step)
+    return Elastic(*parts)
 
 
 def cubic_constants(constants: np.ndarray) -> np.ndarray:
@@ -160,21 +162,40 @@ class Curve:
     bulk: float
 
 
-def equation_of_state(atoms: ase.Atoms, calculator: Calculator, span: float = 0.06) -> Curve:
-    """Energies at 13 volumes within 1 +- `span` of that of `atoms`, the shape kept, the atoms relaxed."""
+def energies_over_volumes(
+    atoms: ase.Atoms, calculator: Calculator, span: float = 0.06
+) -> tuple[np.ndarray, np.ndarray]:
+    """Volumes (13,) in Å³/atom within 1 +- `span` of that of `atoms`, and energies (13,) in eV/atom.
+
+    The shape is kept, the atoms relax. Raises RuntimeError with the volume where they do not.
+    """
     volumes, energies = [], []
-    for factor in np.linspace(1 - span, 1 + span, 13):
+    for factor in track(np.linspace(1 - span, 1 + span, 13), "equation of state", "volume"):
         scaled = atoms.copy()
         scaled.set_cell(atoms.cell.array * factor ** (1 / 3), scale_atoms=True)
         scaled.calc = calculator
-        relax_atoms(scaled, fmax=1e-6)
+        try:
+            relax_atoms(scaled, fmax=1e-6)
+        except RuntimeError as error:
+            raise RuntimeError(f"at {factor:.2f} times the volume of the crystal: {error}") from error
         volumes.append(scaled.get_volume() / len(atoms))
         energies.append(scaled.get_potential_energy() / len(atoms))
+    return np.array(volumes), np.array(energies)
+
+
+def fit_curve(volumes: np.ndarray, energies: np.ndarray) -> Curve:
+    """The Birch-Murnaghan curve through them. Raises RuntimeError if it has no minimum between them."""
+    between = f"between {volumes[0]:.2f} and {volumes[-1]:.2f} Å³/atom"
+    if not 0 < energies.argmin() < len(energies) - 1:  # NaN too: its place counts as that of the minimum
+        raise RuntimeError(f"the energies have no minimum {between}")
     curve = EquationOfState(volumes, energies, eos="birchmurnaghan")
-    volume, energy, bulk = curve.fit(warn=False)
+    try:
+        volume, energy, bulk = curve.fit(warn=False)
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"no Birch-Murnaghan curve fits the energies {between}: {error}") from error
     fine = np.linspace(volumes[0], volumes[-1], 100)
     fit = np.stack([fine, curve.func(fine, *curve.eos_parameters)])
-    return Curve(np.array(volumes), np.array(energies), fit, float(volume), float(energy), float(bulk / GPa))
+    return Curve(volumes, energies, fit, float(volume), float(energy), float(bulk / GPa))
 
 
 # ---- phonons ----
@@ -187,6 +208,9 @@ class Bands:
     `segments`: the labels of the ends of each line; `distances`: (Q,) of each line, in 1/Å; `derivative` and
     `differences`: (Q, modes) of each line; `largest`: the largest difference between the two; `atoms`: how
     many the supercell has.
+
+    What either way computes are the squares, eigenvalues of a matrix; `apart` is their largest difference,
+    relative to the largest of them. Frequencies near zero differ by the root of that and say little.
     """
 
     segments: list[tuple[str, str]]
@@ -194,7 +218,18 @@ class Bands:
     derivative: list[np.ndarray]
     differences: list[np.ndarray]
     largest: float
+    apart: float
     atoms: int
+
+    @property
+    def highest(self) -> float:
+        return max(float(curve.max()) for curve in self.derivative)
+
+    def lowest(self) -> tuple[float, str]:
+        """The lowest frequency, and the line it is on, like "G-X"."""
+        lows = [float(curve.min()) for curve in self.derivative]
+        k = int(np.argmin(lows))
+        return lows[k], "-".join(self.segments[k])
 
 
 def band_path(cell: ase.cell.Cell, points: int) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
@@ -240,7 +275,7 @@ def phonon_bands(
     large = to_ase(phonon.supercell)
     by_derivative = force_constants(large, potential, phonon.primitive.p2s_map)
     forces = []
-    for displaced in phonon.supercells_with_displacements:
+    for displaced in track(phonon.supercells_with_displacements, "displaced supercells", "supercell"):
         moved = to_ase(displaced)
         moved.calc = calculator
         forces.append(moved.get_forces())
@@ -254,9 +289,11 @@ def phonon_bands(
         phonon.run_band_structure(lines)
         frequencies[name] = phonon.band_structure.frequencies
     distances = phonon.band_structure.distances
-    pairs = zip(frequencies["derivative"], frequencies["differences"], strict=True)
-    largest = max(float(np.abs(first - second).max()) for first, second in pairs)
-    return Bands(segments, distances, **frequencies, largest=largest, atoms=len(large))
+    first, second = (np.concatenate(curves) for curves in frequencies.values())
+    largest = float(np.abs(first - second).max())
+    squares, others = first * np.abs(first), second * np.abs(second)
+    apart = float(np.abs(squares - others).max() / np.abs(squares).max())
+    return Bands(segments, distances, **frequencies, largest=largest, apart=apart, atoms=len(large))
 
 
 def to_ase(crystal) -> ase.Atoms:
