@@ -2,8 +2,8 @@
 
 The stress of diffnl is ASE's: sigma = (1/V) dE/d(eps), (3, 3), energy / length^3, positive under tension.
 
-Products of 3 x 3 matrices are written as products of numbers and sums: torch runs matrix products in bfloat16
-or float16 under `torch.autocast`, and in TF32 after `torch.set_float32_matmul_precision("high")`.
+Matrix products are taken in float64, in their derivatives too: torch runs those of float32 in bfloat16 or
+float16 under `torch.autocast`, and in TF32 after `torch.set_float32_matmul_precision("high")`.
 """
 
 import math
@@ -39,9 +39,11 @@ def strained(
     positions = _validate.positions(positions)
     system_idx = _validate.system_of_atom(system_idx, _validate.cell(cell, positions), positions)
     eps = _validate.strain(strain, cell)
-    of_atom = eps.reshape(3, 3) if system_idx is None else eps[system_idx]
-    moved = (positions.unsqueeze(-1) * of_atom).sum(-2)
-    return positions + moved, cell + (cell.unsqueeze(-1) * eps.unsqueeze(-3)).sum(-2)
+    if system_idx is None:
+        moved = _product(positions, eps.reshape(3, 3))
+    else:
+        moved = _product(positions.unsqueeze(1), eps[system_idx]).squeeze(1)
+    return positions + moved, cell + _product(cell, eps)
 
 
 def forces_and_stress(
@@ -102,14 +104,15 @@ def forces_and_stress(
     energy = _validate.energy(energy, _validate.num_systems(cell))
     grad_positions, grad_cell = _gradients(energy, positions, cell, create_graph)
     with torch.set_grad_enabled(create_graph):
-        outer = _outer(_from_center(positions, cell, system_idx), grad_positions)
+        centered = _from_center(positions, cell, system_idx)
         if system_idx is None:
-            strain_gradient = outer.sum(0).expand_as(cell)
+            strain_gradient = _product(centered.mT, grad_positions).expand_as(cell)
         else:
+            outer = centered.unsqueeze(2) * grad_positions.unsqueeze(1)
             # index_put adds up in a fixed order; index_add uses float atomics on a GPU.
             strain_gradient = torch.zeros_like(cell).index_put((system_idx,), outer, accumulate=True)
         if grad_cell is not None:
-            strain_gradient = strain_gradient + _outer(cell, grad_cell).sum(-3)
+            strain_gradient = strain_gradient + _product(cell.mT, grad_cell)
         return -grad_positions, _per_volume(0.5 * (strain_gradient + strain_gradient.mT), cell)
 
 
@@ -203,9 +206,9 @@ def _per_volume(values: Tensor, cell: Tensor) -> Tensor:
     return torch.where(exists, values / torch.where(exists, volume, 1.0), math.nan)
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """(..., 3), (..., 3) -> (..., 3, 3), row by row."""
-    return a.unsqueeze(-1) * b.unsqueeze(-2)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, rounded once to their dtype."""
+    return (a.double() @ b.double()).to(a.dtype)
 
 
 def _from_center(positions: Tensor, cell: Tensor, system_idx: Tensor | None) -> Tensor:
