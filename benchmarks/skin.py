@@ -7,6 +7,9 @@
 The atoms of the workload are moved by thermal displacements before every call, the same for all: 0.05 Å an
 axis, of which a skin of 1 Å bears much. Calls that are compared take turns. Best and median of all rounds.
 
+Then the same walk as it is and with its atoms wrapped into the cell at each step, as some codes do: searches,
+and times of the calls that do not search. For the times layers take turns.
+
 Last, a batch on its way, each step by 0.02 Å an axis at random, the atoms of one system further: what the
 layer does, which on the CPU searches those systems that need it, and what it would be to search all then.
 """
@@ -77,6 +80,50 @@ def compare_cutoffs(system: System, moved: list[torch.Tensor]) -> None:
         print(f"{cutoffs!s:24} {one:8.3f} of {each:8.3f} ms  {one / each:5.2f}x")
 
 
+def wrap(system: System, positions: torch.Tensor) -> torch.Tensor:
+    """positions (N, 3) moved by lattice vectors into their cells."""
+    cell = system.cell.reshape(-1, 3, 3).double()
+    h = cell[0] if system.system_idx is None else cell[system.system_idx]
+    cells = torch.linalg.solve(h, positions.double()[:, None, :], left=False)[:, 0].floor()
+    moved = positions.double() - (cells[:, None, :] @ h)[:, 0]
+    return moved.to(positions.dtype)
+
+
+def follow_wrapped(system: System, skin: float, steps: int) -> None:
+    where = system.cell, system.pbc, system.system_idx
+    options = {"": {}}
+    if system.positions.device.type == "cuda":
+        room = diffnl.estimate_capacity(system.positions, *where[:2], CUTOFF, where[2], skin=skin, slack=0.1)
+        options[", with capacity"] = {"capacity": room}
+    for name, option in options.items():
+        layers = {kind: diffnl.NeighborList(CUTOFF, skin=skin, **option) for kind in ("as it is", "wrapped")}
+        times: dict[str, list[float]] = {"as it is": [], "wrapped": [], "fresh, sorted": []}
+        positions, velocity = system.positions, 0.0
+        jumped, before = 0, wrap(system, positions)
+        for move in random_moves(positions, 0.02, steps):
+            velocity = 0.5 * velocity + move
+            positions = positions + velocity
+            wrapped = wrap(system, positions)
+            jumped += int(((wrapped - before).norm(dim=1) > 3.0).any())
+            before = wrapped
+            for kind, layer in layers.items():
+                r, searches = wrapped if kind == "wrapped" else positions, layer.searches
+                time = seconds(lambda r=r, layer=layer: layer(r, *where), r.device.type)
+                if layer.searches == searches:
+                    times[kind].append(time * 1e3)
+            fresh = diffnl.NeighborList(CUTOFF, sorted=True, **option)
+            times["fresh, sorted"].append(
+                seconds(lambda r=wrapped, f=fresh: f(r, *where), r.device.type) * 1e3
+            )
+        searches = {kind: layer.searches for kind, layer in layers.items()}
+        print(
+            f"wrapped{name}: atoms jump in {jumped} of {steps} steps; searches {searches['wrapped']}, "
+            f"as it is {searches['as it is']}: {searches['wrapped'] / searches['as it is']:.2f}x"
+        )
+        for kind, values in times.items():
+            print(f"  {kind:22} {min(values):8.3f} {statistics.median(values):8.3f} ms")
+
+
 def follow_batch(size: str, hot: float, dtype: torch.dtype, device: str, skin: float, steps: int) -> None:
     system = make_system(size, dtype, device, 0)
     where = system.cell, system.pbc, system.system_idx
@@ -112,6 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch", default="32x64", help="systems x atoms of the batch")
     parser.add_argument("--steps", type=int, default=300, help="of the batch")
+    parser.add_argument("--wrapped-steps", type=int, default=60, help="of the walk that is wrapped")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     system = make_system(options.size, dtype, options.device, 0)
@@ -120,6 +168,7 @@ def main() -> None:
     moved = [system.positions + move for move in random_moves(system.positions, 0.05, options.rounds)]
     compare_reuse(system, moved, options.skin)
     compare_cutoffs(system, moved)
+    follow_wrapped(system, options.skin, options.wrapped_steps)
     for hot in (1.0, 4.0):
         follow_batch(options.batch, hot, dtype, options.device, options.skin, options.steps)
 

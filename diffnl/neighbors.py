@@ -96,11 +96,13 @@ class NeighborList(nn.Module):
         capacity: return `PaddedPairs` with room for so many pairs, without waiting for the device: for CUDA
             and HIP graphs, and wherever shapes must not depend on data. None: `Pairs`.
         skin: >= 0, in the length unit of the positions. Above 0 the layer keeps the pairs within cutoff +
-            skin, and searches again only when a pair could have been missed; rows are then sorted. What it
-            returns, and its gradients, are those of a fresh list at every call. With a capacity on a GPU the
-            device decides, in CUDA and HIP graphs too, which the layer must outlive; the capacity must leave
-            room for what is kept, see `estimate_capacity`. In compiled graphs, under `torch.func` and while
-            something traces operators it searches every time. Copies and pickles keep nothing.
+            skin, and searches again only when a pair could have been missed, not when atoms are wrapped into
+            the cell; rows are then sorted. What it returns, and its gradients, are those of a fresh list at
+            every call. It keeps candidates of the last four shapes (on a GPU: of each thread). With a
+            capacity on a GPU the device decides, in CUDA and HIP graphs too, which the layer must outlive;
+            the capacity must leave room for what is kept, see `estimate_capacity`. In compiled graphs, under
+            `torch.func` and while something traces operators it searches every time. Copies and pickles
+            keep nothing.
 
     Attributes:
         searches, reuses: how many calls with a skin searched, and how many selected from what was kept. With
@@ -147,6 +149,11 @@ class NeighborList(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise _validate.not_scriptable()
+
+    def reset(self) -> None:
+        """Forgets what a skin has kept, and frees it. Graphs that were captured with this layer write to that
+        memory: they must not be replayed again."""
+        self._kept.reset()
 
     @property
     def searches(self) -> int:

@@ -51,6 +51,12 @@ class _OfThread(threading.local):
 
     candidates: tuple[_Candidates, ...] = ()
     padded: tuple[_Candidates, ...] = ()
+    unlinked = 0
+
+    def waits_for_links(self) -> bool:
+        """Pairs that could not be linked get a fresh list; but atoms may be wrapped some time."""
+        self.unlinked += 1
+        return self.unlinked % 32 != 0
 
 
 class Skin:
@@ -70,7 +76,8 @@ class Skin:
     def reset(self) -> None:
         """Forgets all candidates, also those that captured graphs write: these must not be replayed again."""
         for device in {candidates.found[0].device for candidates in getattr(self, "_captured", ())}:
-            torch.cuda.synchronize(device)  # a replay may be under way, on any stream
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # a replay may be under way, on any stream
         self._on_cpu: tuple[_Candidates, ...] = ()
         self._of_thread = _OfThread()
         self._captured: list[_Candidates] = []
@@ -131,13 +138,13 @@ class Skin:
         kept = _look_up(self._of_thread.candidates, key)
         lists = None
         if kept is not None:
-            if not kept.found:
+            if kept.found:
+                lists = self._select(now, kept, cutoffs, radius, full, linked, ask=True)
+            elif self._of_thread.waits_for_links():
                 return None
-            lists = self._select(now, kept, cutoffs, radius, full, linked, ask=True)
         self._counts[lists is not None] += 1
         if lists is None:
             links, rows = _ops.search_candidates(*now, radius)
-            # Whose pairs cannot be linked is searched every time.
             compact = (links, rows) if rows.shape[0] > 0 else ()
             kept = _Candidates(key, tuple(map(_own, now)), compact)
             if compact:

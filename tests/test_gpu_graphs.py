@@ -8,7 +8,7 @@ import torch
 from compare import assert_close_sums, assert_equal_bits, assert_same_bits
 from gpu_waits import waits_of
 from systems import TRICLINIC, cubic, scatter, tensor
-from walks import npt_walk
+from walks import npt_walk, wrap
 
 import diffnl
 
@@ -171,6 +171,100 @@ def test_a_graph_keeps_its_candidates(box):
         layer(torch.rand(atoms, 3).to(box[0]), box[1], True)
     torch.empty(1 << 20, device="cuda").fill_(torch.nan)
     assert all(map(torch.equal, captured(*box), before))
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
+def test_a_skin_and_wrapped_positions(full, gpu, dtype):
+    """Replays search as often as those of unwrapped positions, and give the bits of a fresh list."""
+    walk = list(npt_walk(300, torch.float64))
+    _, _, pbc, system_idx = (t.to(gpu) for t in walk[0])
+    layers = [diffnl.NeighborList(CUTOFF, full=full, skin=1.0, capacity=CAPACITY) for _ in range(2)]
+
+    def step_of(layer):
+        def step(r, h):
+            pairs = layer(r, h, pbc, system_idx)
+            return *pairs, *torch.autograd.grad(energy_of(pairs.vectors), (r, h))
+
+        return step
+
+    first = [t.to(gpu, dtype) for t in walk[0][:2]]
+    as_it_is, wrapped = (Captured(step_of(layer), *first) for layer in layers)
+    searches = [layer.searches for layer in layers]
+    for positions, cell, *rest in walk:
+        h = cell.to(gpu, dtype)
+        as_it_is(positions.to(gpu, dtype), h)
+        inside = wrap(positions, cell, *rest).to(gpu, dtype)
+        *padded, ours_r, ours_h = wrapped(inside, h)
+        leaves = inside.requires_grad_(), h.requires_grad_()
+        fresh = diffnl.neighbor_pairs(*leaves, pbc, CUTOFF, system_idx, full=full, sorted=True)
+        count = int(padded[3])
+        assert_same_bits((padded[0][:, :count], padded[1][:count], padded[2][:count]), fresh)
+        theirs = torch.autograd.grad(energy_of(fresh.vectors), leaves)
+        assert_close_sums((ours_r, ours_h), theirs)
+    needed, with_wrapping = (layer.searches - before for layer, before in zip(layers, searches, strict=True))
+    assert 0 < with_wrapping <= 1.1 * needed < 100
+
+
+def captured_without_warm_up(step, *inputs):
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        outputs = step(*inputs)
+    return graph, outputs
+
+
+def test_a_graph_of_the_first_call_keeps_candidates(box):
+    """Their memory was made and cleared inside the capture: each of 5 replays searched."""
+    positions, cell = box
+    layer = diffnl.NeighborList(CUTOFF, skin=1.0, capacity=CAPACITY)
+    graph, padded = captured_without_warm_up(lambda r, h: layer(r, h, True), positions, cell)
+    fresh = diffnl.neighbor_pairs(positions, cell, True, CUTOFF, sorted=True)
+    for _ in range(5):
+        graph.replay()
+        count = int(padded.num_pairs)
+        assert_same_bits((padded.mapping[:, :count], padded.shifts[:count], padded.vectors[:count]), fresh)
+    assert (layer.searches, layer.reuses) == (1, 4)
+
+
+def test_each_call_of_each_graph_has_candidates_of_its_own(box):
+    """Two systems of one shape in one graph, and the same again in another: every call searches once."""
+    positions, cell = box
+    other = (positions + 0.37 * cell.sum(0)).flip(0)
+    layer = diffnl.NeighborList(CUTOFF, skin=1.0, capacity=CAPACITY)
+
+    def step(r, h):
+        return layer(r, h, True), layer(other, h, True)
+
+    step(positions, cell)
+    searches, reuses = layer.searches, layer.reuses
+    graphs = [captured_without_warm_up(step, positions, cell) for _ in range(2)]
+    expected = [diffnl.neighbor_pairs(r, cell, True, CUTOFF, sorted=True) for r in (positions, other)]
+    for _ in range(4):
+        for graph, outputs in graphs:
+            graph.replay()
+            for padded, fresh in zip(outputs, expected, strict=True):
+                count = int(padded.num_pairs)
+                ours = padded.mapping[:, :count], padded.shifts[:count], padded.vectors[:count]
+                assert_same_bits(ours, fresh)
+        layer(positions, cell, True)  # and this has others again
+    assert layer.searches - searches <= 5 and layer.reuses - reuses >= 15
+
+
+def test_reset_frees_the_candidates_of_graphs(box):
+    """`reset` is how memory that graphs write is given back; the layer goes on."""
+    layer = diffnl.NeighborList(CUTOFF, skin=1.0, capacity=1_000_000)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        graph, outputs = captured_without_warm_up(lambda r, h: layer(r, h, True), *box)
+        graph.replay()
+        del graph, outputs
+    assert torch.cuda.memory_allocated() - before > 3 * 8_000_000
+    layer.reset()
+    assert torch.cuda.memory_allocated() - before < 8_000_000
+    searches = layer.searches
+    layer(*box, True).check()
+    assert layer.searches == searches + 1
 
 
 def test_a_large_system(gpu, dtype):

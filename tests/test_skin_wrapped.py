@@ -7,12 +7,13 @@ import torch
 from compare import assert_close_sums, assert_same_bits
 from conftest import EMULATED
 from systems import TRICLINIC, cubic, scatter, tensor
-from walks import npt_walk
+from walks import npt_walk, wrap
 
 import diffnl
 
 CUTOFF = 4.0
 SKIN = 1.0
+STEPS, SIZE = (20, 0.04) if EMULATED else (60, 0.02)
 
 # Name: (cell, pbc, atoms). The thin cell is thinner than atoms move between two searches.
 BOXES = {
@@ -37,16 +38,6 @@ def live(pairs):
         return pairs
     count = int(pairs.check().num_pairs)
     return pairs.mapping[:, :count], pairs.shifts[:count], pairs.vectors[:count]
-
-
-def wrap(positions, cell, pbc, system_idx=None, origin=0.0):
-    """positions (N, 3) moved by lattice vectors of periodic axes into the cell whose corner is `origin`."""
-    system_idx = torch.zeros(len(positions), dtype=torch.int64) if system_idx is None else system_idx
-    pbc = torch.as_tensor(pbc).expand(*cell.shape[:-2], 3).reshape(-1, 3)
-    h = torch.where(pbc[:, :, None], cell.reshape(-1, 3, 3), 0.0)
-    # The pseudoinverse leaves out what is normal to all periodic axes, as the open ones' vectors must be.
-    cells = torch.einsum("nc,nck->nk", positions - origin, torch.linalg.pinv(h)[system_idx]).floor()
-    return positions - torch.einsum("nk,nkc->nc", cells, h[system_idx])
 
 
 def box_walk(name, steps, dtype, device, origin=0.0, size=0.02, breathing=0.003, seed=3):
@@ -77,26 +68,26 @@ def jumps_between(steps):
 @boxes
 def test_wrapping_causes_no_search(name, device, dtype):
     """39 searches in 60 steps where the unwrapped positions needed 5."""
-    steps = list(box_walk(name, 60, dtype, device))
+    steps = list(box_walk(name, STEPS, dtype, device, size=SIZE))
     layers = [diffnl.NeighborList(CUTOFF, skin=SKIN) for _ in range(2)]
-    assert jumps_between(steps) > 2
+    assert jumps_between(steps) > 0
     for unwrapped, wrapped, cell, pbc in steps:
         assert_same_bits(layers[0](unwrapped, cell, pbc), fresh(unwrapped, cell, pbc))
         assert_same_bits(layers[1](wrapped, cell, pbc), fresh(wrapped, cell, pbc))
-    assert layers[1].searches == layers[0].searches < 12
+    assert layers[1].searches == layers[0].searches < STEPS / 2
 
 
 @both_lists
 @boxes
 def test_a_padded_list_of_wrapped_positions(name, full, device, dtype):
     """With a capacity a GPU decides by itself."""
-    steps = list(box_walk(name, 40, dtype, device))
+    steps = list(box_walk(name, STEPS, dtype, device, size=SIZE))
     capacity = 4_000 if name == "thin" else 3_000
     layers = [diffnl.NeighborList(CUTOFF, skin=SKIN, full=full, capacity=capacity) for _ in range(2)]
     for unwrapped, wrapped, cell, pbc in steps:
         layers[0](unwrapped, cell, pbc)
         assert_same_bits(live(layers[1](wrapped, cell, pbc)), fresh(wrapped, cell, pbc, full=full))
-    assert layers[1].searches == layers[0].searches < 12
+    assert layers[1].searches == layers[0].searches < STEPS / 2
 
 
 @pytest.mark.parametrize("capacity", [None, 2_000], ids=["exact", "padded"])
@@ -105,7 +96,7 @@ def test_a_batch_at_constant_pressure(full, capacity, device, dtype):
     """Five interleaved systems with mixed pbc, one of them empty, each in its own breathing cell."""
     layers = [diffnl.NeighborList(CUTOFF, skin=SKIN, full=full, capacity=capacity) for _ in range(2)]
     jumped, before = 0, None
-    for positions, cell, pbc, system_idx in npt_walk(120 if EMULATED else 400, torch.float64):
+    for positions, cell, pbc, system_idx in npt_walk(80 if EMULATED else 400, torch.float64):
         wrapped = wrap(positions, cell, pbc, system_idx)
         jumped += 0 if before is None else int(((wrapped - before).norm(dim=1) > 1.0).sum())
         before = wrapped
@@ -113,7 +104,7 @@ def test_a_batch_at_constant_pressure(full, capacity, device, dtype):
         layers[0](positions.to(device, dtype), *rest)
         wrapped = wrapped.to(device, dtype)
         assert_same_bits(live(layers[1](wrapped, *rest)), fresh(wrapped, *rest, full=full))
-    assert jumped > 20
+    assert jumped > 10
     assert layers[1].searches <= 1.1 * layers[0].searches < layers[1].reuses
 
 
@@ -151,11 +142,11 @@ def test_a_jump_too_far_is_a_search(device, dtype):
     cell = tensor(cubic(5.0)).to(device, dtype)
     positions = scatter(20, cubic(5.0), 2).to(device, dtype)
     layer = diffnl.NeighborList(CUTOFF, skin=SKIN)
-    for cells, searches in ((0, 1), (-20, 1), (130, 2), (0, 3)):
+    for cells, reuses in ((0, 0), (-20, 1), (130, 1), (-127, 1)):
         jumped = positions.clone()
         jumped[3, 1] += 5.0 * cells
         assert_same_bits(layer(jumped, cell, True), fresh(jumped, cell, True))
-        assert layer.searches >= searches
+        assert layer.reuses == reuses
 
 
 def test_shifts_that_fit_no_link(device, gpu_kernels):
@@ -254,7 +245,7 @@ def test_bad_input_after_a_jump(device):
         layer(positions, cell, True)
 
 
-@pytest.mark.parametrize("atoms", [3_000, 17_000])
+@pytest.mark.parametrize("atoms", [3_000] if EMULATED else [3_000, 17_000])
 def test_large_systems(atoms, device):
     """Many blocks measure and select: several launches each."""
     edge = (atoms / 0.02) ** (1 / 3)

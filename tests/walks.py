@@ -43,3 +43,13 @@ def npt_walk(steps, dtype, device="cpu", seed=0):
             pbc.to(device),
             system_idx.to(device),
         )
+
+
+def wrap(positions, cell, pbc, system_idx=None, origin=0.0):
+    """positions (N, 3) moved by lattice vectors of periodic axes into the cell whose corner is `origin`."""
+    system_idx = torch.zeros(len(positions), dtype=torch.int64) if system_idx is None else system_idx
+    pbc = torch.as_tensor(pbc).expand(*cell.shape[:-2], 3).reshape(-1, 3)
+    h = torch.where(pbc[:, :, None], cell.reshape(-1, 3, 3), 0.0)
+    # The pseudoinverse leaves out what is normal to all periodic axes, as the open ones' vectors must be.
+    cells = torch.einsum("nc,nck->nk", positions - origin, torch.linalg.pinv(h)[system_idx]).floor()
+    return positions - torch.einsum("nk,nkc->nc", cells, h[system_idx])
