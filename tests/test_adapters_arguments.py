@@ -17,6 +17,7 @@ import diffnl
 from diffnl.adapters import (
     _common,
     ase,
+    chgnet,
     fairchem,
     hip_torch_nl,
     mace,
@@ -220,6 +221,10 @@ BAD_VALUES = {
     "ase, flags": (
         lambda: ase.primitive_neighbor_list("i", [1, 0], BOX32, ONE.numpy(), 1.0),
         "`pbc` .* or three",
+    ),
+    "chgnet": (
+        lambda: chgnet.GraphConverter(on_isolated_atoms="eror"),
+        "`on_isolated_atoms` must be 'ignore', 'warn' or 'error'; got 'eror'",
     ),
     "fairchem": (
         lambda: fairchem.radius_graph_pbc(graph_of(ONE), -4.0, 9),

@@ -219,6 +219,16 @@ def test_bond_on_the_angle_cutoff(model):
     assert np.ptp(energies) <= BOUNDS["energy (meV/atom)"]
 
 
+@pytest.mark.parametrize("name", ["atom_graph_cutoff", "bond_graph_cutoff"])
+def test_a_negative_cutoff_is_an_error_though_its_square_is_used(name):
+    converter = GraphConverter(on_isolated_atoms="ignore")
+    setattr(converter, name, -3.0)
+    with pytest.raises(ValueError, match=f"`{name}` must be finite and > 0; got -3.0"):
+        converter(structure_of(CRYSTALS["salt"]))
+    with pytest.raises(ValueError, match="`on_isolated_atoms` must be"):
+        converter.set_isolated_atom_response("eror")
+
+
 def far_apart(edge: float = 20.0):
     return structure_of(Atoms("He2", [[0, 0, 0], [10, 10, 10]], cell=edge * np.eye(3), pbc=True))
 

@@ -60,6 +60,22 @@ def arrays(block):
     return canonical(samples[:, 0], samples[:, 1], samples[:, 2:], block.values.detach().numpy()[:, :, 0])
 
 
+def test_the_same_under_another_default_device_and_autocast():
+    systems = [to_system(STRUCTURES[name], torch.float32) for name in ("salt", "ethanol", "silicon")]
+    options = NeighborListOptions(cutoff=4.0, full_list=True, strict=True)
+    before = [(system.positions.clone(), system.cell.clone()) for system in systems]
+    expected = [compute_neighbors(system, options) for system in systems]
+    metatomic._axes.cache_clear()
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        found = metatomic._blocks(systems, options, "angstrom")
+    for one, other in zip(found, expected, strict=True):
+        assert one.components == other.components and one.properties == other.properties
+        for mine, theirs in zip(arrays(one), arrays(other), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    for system, (positions, cell) in zip(systems, before, strict=True):
+        assert torch.equal(system.positions, positions) and torch.equal(system.cell, cell)
+
+
 def from_vesin(system, options):
     return vesin.metatomic.NeighborList(options, "angstrom", skin=0.0).compute(system)
 

@@ -54,6 +54,26 @@ def pairs_of(inputs, cell):
     return canonical(i, j, shifts, offsets)
 
 
+AROUND = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_offsets_are_the_same_bits_whatever_is_around(around):
+    """S @ cell was done in bfloat16 under autocast."""
+    inputs = inputs_of(SYSTEMS["silicon_sheared"], torch.float32)
+    expected, found = dict(inputs), dict(inputs)
+    DiffnlNeighborList(cutoff=5.0)(expected)
+    with AROUND[around]():
+        DiffnlNeighborList(cutoff=5.0)(found)
+    for key in (properties.idx_i, properties.idx_j, properties.offsets):
+        assert found[key].dtype == expected[key].dtype and torch.equal(found[key], expected[key])
+    for key, value in inputs_of(SYSTEMS["silicon_sheared"], torch.float32).items():
+        assert torch.equal(inputs[key], value)  # nothing was written to
+
+
 def assert_same(atoms, mine, other):
     cell = atoms.cell.array
     for x, y in zip(pairs_of(mine, cell), pairs_of(other, cell), strict=True):

@@ -265,6 +265,31 @@ def test_data_is_that_of_atoms():
         np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "around",
+    [lambda: torch.device("meta"), lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["device", "autocast"],
+)
+def test_the_graph_is_the_same_bits_whatever_is_around(around):
+    given = tensors(CRYSTALS["silicon_sheared"], torch.float32)
+    expected = graph(*given, 5.0)
+    with around():
+        found = graph(*given, 5.0)
+    for key, value in expected:
+        if isinstance(value, torch.Tensor):
+            assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", ["silicon_sheared", "ethanol"])
+def test_neither_graph_nor_model_writes_to_the_tensors_given(calculator, name):
+    """float32 as the model, so that nothing is copied on the way; SevenNet raises volumes of 0 in place."""
+    positions, cell, pbc, numbers = given = tensors(STRUCTURES[name], torch.float32)
+    before = [t.detach().clone() for t in given]
+    copy.deepcopy(calculator.model)(graph(positions, cell, pbc, numbers, calculator.cutoff))
+    for now, then in zip(given, before, strict=True):
+        assert torch.equal(now, then)
+
+
 def test_batches(calculator, energies):
     """Three systems, one of them a slab, in one call, atoms not in order; the model's own forces too."""
     parts = [STRUCTURES[name] for name in ("silicon_sheared", "slab_with_oxygen", "gallium_nitride")]
