@@ -80,7 +80,7 @@ hostgpu-asan: $(VENV)/test.installed
 	$(SANITIZED) PYTHONPATH=build/$@ $(BIN)/python -P -c "$(call expect,build/$@,hostgpu)"
 	$(QUICK) $(ORDER) $(SANITIZED) PYTHONPATH=build/$@ $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) $(ARGS)
 
-SEARCH_TESTS := $(addprefix tests/test_,$(addsuffix .py,list capacity skin cutoffs hypothesis derivatives))
+SEARCH_TESTS := $(addprefix tests/test_,$(addsuffix .py,list bound capacity skin cutoffs hypothesis derivatives))
 SHIM := -std=c++20 -Wall -ffp-contract=off -Itests/hostgpu tests/hostgpu/test_shim.cpp tests/hostgpu/hip/hip_runtime.cpp
 # Fewer examples where an emulator runs the kernels; HYPOTHESIS_PROFILE=thorough asks for more than plenty.
 QUICK := HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),quick)

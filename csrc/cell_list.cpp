@@ -20,6 +20,13 @@ bool all_finite(const T* values, int64_t count) {
   return finite;
 }
 
+// The number of T nearest to a value; any number for NaN.
+template <typename T>
+T bounded(double value) {
+  constexpr double most = static_cast<double>(std::numeric_limits<T>::max());
+  return static_cast<T>(std::min(most, std::max(-most, value)));
+}
+
 }  // namespace
 
 template <typename T>
@@ -170,9 +177,11 @@ void CellList<T>::sort_into_bins(const SearchInput<T>& in) {
       const int64_t i = atom_at(static_cast<int64_t>(from));
       const System& s = system(system_at(static_cast<int64_t>(from)));
       const Vec3<double>&w = w_[from], &q = q_[from];
+      // From the grid's origin: on an open axis q itself may be so large that T holds none of the distances in it.
+      const double x = q.x - s.origin[0], y = q.y - s.origin[1], z = q.z - s.origin[2];
       for (int k = 0; k < 3; ++k) {
         atoms_.r[k][to] = in.positions[3 * i + k];
-        atoms_.wrapped[k][to] = static_cast<T>(cell_translation(q.x, q.y, q.z, s.cell.h, k));
+        atoms_.wrapped[k][to] = bounded<T>(cell_translation(x, y, z, s.cell.h, k));
       }
       const double* lowest = s.lowest_wrap;
       atoms_.w[0][to] = static_cast<T>(w.x - lowest[0]);

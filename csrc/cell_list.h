@@ -49,7 +49,7 @@ struct System : Grid {
 template <typename T>
 struct SortedAtoms {
   std::vector<T> r[3];         // positions as given
-  std::vector<T> wrapped[3];   // r - W @ h, rounded: for bounds only
+  std::vector<T> wrapped[3];   // r - W @ h from the origin of the grid, rounded: for bounds only
   std::vector<T> w[3];         // W, the cell the atom was found in, counted from the lowest W of its system:
                                // only differences enter S, and T holds these exactly
   std::vector<int64_t> index;  // the caller's number of the atom

@@ -142,7 +142,8 @@ struct Reach {
 };
 
 // `wrap_range[k]` is max W_k - min W_k over the atoms of the system; `extent` bounds |r'_j - r'_i| of
-// wrapped positions; `largest_position` bounds |r|.
+// wrapped positions; `largest_position` bounds |component| of the positions as given. Term by term:
+// docs/algorithm.md, "The bound".
 template <typename T>
 DIFFNL_HD inline Reach make_reach(const SearchCell& cell, double cutoff, const double* wrap_range, double extent,
                                   double largest_position) {
@@ -158,13 +159,17 @@ DIFFNL_HD inline Reach make_reach(const SearchCell& cell, double cutoff, const d
     lengths += cell.length[k];
     spacing = std::min(spacing, cell.height[k]);
   }
-  // Six roundings make up v, as many a wrapped position and its image; each is at most eps/2 of a term no
-  // larger than translation + extent + cutoff.
-  // Filing: r - W @ h cancels terms |W_k| |h_k| <= condition * |r|.
-  const double filing = 16.0 * eps64 * cell.condition * (largest_position + lengths + extent);
-  out.rounding = 16.0 * eps * (translation + extent + cutoff) + filing;
+  // v, d2 and the CPU's box test, in T: none of what they round is larger than translation + extent + cutoff,
+  // because r_j - r_i and positions relative to the grid's origin are all that enters them.
+  const double arithmetic = 16.0 * eps * (translation + extent + cutoff);
+  // Squares below the least number of T: a sum of three is off by no more than four halves of that number.
+  const double underflow = 4.0 * std::sqrt(static_cast<double>(std::numeric_limits<T>::denorm_min()));
+  // r - W @ h, in float64, cancels terms |W_k| |h_k| <= condition * |r|; the inverse is off by eps64 * condition.
+  const double filing = 32.0 * eps64 * cell.condition * (largest_position + extent);
+  out.rounding = arithmetic + underflow + filing;
   out.shift_overflows = !(out.largest_shift < 2147483647.0);
-  out.images_blur = eps * translation > spacing / 8.0 || filing > spacing / 8.0;
+  out.images_blur = eps * translation > spacing / 8.0 ||
+                    16.0 * eps64 * cell.condition * (largest_position + lengths) > spacing / 8.0;
   return out;
 }
 
@@ -315,7 +320,8 @@ DIFFNL_HD inline double fewest_pairs(const SearchCell& cell, const AtomRange& ra
 
 DIFFNL_HD inline int64_t bin_on_axis(const Grid& grid, int k, double q) {
   const double position = (q - grid.origin[k]) * grid.bins_per_unit[k];
-  return static_cast<int64_t>(std::min(std::max(position, 0.0), static_cast<double>(grid.axis[k].bins - 1)));
+  // NaN, where the extent of the atoms is no finite number, becomes bin 0: there is no other then.
+  return static_cast<int64_t>(std::min(std::max(0.0, position), static_cast<double>(grid.axis[k].bins - 1)));
 }
 
 // Along z, neighbouring bins have neighbouring keys.

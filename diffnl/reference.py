@@ -110,24 +110,28 @@ def _wraps_and_images(
 
     With q in [0, 1) the fractional coordinates of wrapped atoms, a vector (q_j + m - q_i) @ h crosses
     |q_jk + m_k - q_ik| lattice planes of axis k, which lie `height_k` apart: |m_k| < cutoff / height_k + 1.
+    What rounding adds to the vectors and to q is less than one plane, or the input is refused, so that no
+    image is further out than `most`, the next whole number but one.
     """
     axes = [k for k in range(3) if pbc[k]]
     wraps = torch.zeros((len(atoms), 3), dtype=torch.int64, device=positions.device)
     ranges = [range(1)] * 3
     if axes:
         lattice = h[axes].double()
-        # Columns of the pseudo-inverse are the reciprocal vectors within the span of the lattice.
-        reciprocal = torch.linalg.pinv(lattice)
+        # Columns of the pseudo-inverse are the reciprocal vectors within the span of the lattice. Rows of
+        # length 1: next to a long vector, singular values of short ones would be lost.
+        lengths = torch.linalg.vector_norm(lattice, dim=1)
+        unit_rows = lattice / lengths[:, None]
+        reciprocal = torch.linalg.pinv(unit_rows, rtol=0.0) / lengths
         whole = torch.floor(positions[atoms].double() @ reciprocal)
         spread = whole.amax(0) - whole.amin(0)
         heights = 1.0 / torch.linalg.vector_norm(reciprocal, dim=0)
         largest = spread + torch.ceil(cutoff / heights) + 1
         if bool((largest >= 2**31 - 1).any()):
             raise _validate.data_error("shift_overflows", positions, None, system)
-        lengths = torch.linalg.vector_norm(lattice, dim=1)
         translation = float((largest * lengths).sum())
-        # W itself is found in float64: far out, a skewed cell loses that too.
-        condition = float(lengths.prod() / torch.linalg.svdvals(lattice).prod())
+        # W itself is found in float64: far out, a skewed cell loses that too. The search asks the same.
+        condition = 1.0 / float(torch.linalg.svdvals(unit_rows).prod())
         farthest = float(positions[atoms].abs().max()) + float(lengths.sum())
         blur = max(
             torch.finfo(positions.dtype).eps * translation,
