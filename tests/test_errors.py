@@ -490,11 +490,9 @@ def test_a_cutoff_in_the_wrong_unit(name, dtype, gpu_kernels, device):
     pbc, cutoff, options, pairs = WRONG_UNIT[name]
     if name == "slab" and dtype == torch.float32:
         pytest.skip("float32 cannot tell these images apart")
-    where = (
-        4 * torch.rand(8, 3, generator=torch.Generator().manual_seed(3), dtype=dtype),
-        4 * torch.eye(3, dtype=dtype),
-    )
-    where = tuple(t.to(device) for t in where)
+    generator = torch.Generator().manual_seed(3)
+    positions = torch.rand(8, 3, generator=generator, dtype=torch.float64, device="cpu")
+    where = (4 * positions).to(device, dtype), H.to(device, dtype)
     layer = diffnl.NeighborList(cutoff, **options)
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError, match="`cutoff`.* must leave few enough pairs") as error:
@@ -522,7 +520,9 @@ def test_a_capacity_beyond_memory(capacity, device):
 def test_a_stray_system_idx_without_a_cell(search, device):
     """Systems without cells are groups of atoms: 10^18 once meant as many cells of zeros."""
     system_idx = torch.tensor([0, 10**18, 0, 3, 10**18, 3, 0, 10**18], device=device)
-    positions = torch.rand(8, 3, generator=torch.Generator().manual_seed(4)).to(device).requires_grad_()
+    positions = (
+        torch.rand(8, 3, generator=torch.Generator().manual_seed(4), device="cpu").to(device).requires_grad_()
+    )
     pairs = search(positions, None, None, 1.0, system_idx, sorted=True)
     near = search(positions, None, None, 1.0, system_idx.clamp(max=4), sorted=True)
     assert_same_bits(pairs, near)

@@ -168,9 +168,9 @@ def test_a_gradient_of_more_atoms_than_have_numbers(gpu_kernels, device):
 
 def test_memory_for_more_atoms_than_there_could_be(cpu_backend):
     """422 TB."""
-    mapping = torch.zeros((2, 0), dtype=torch.int64)
+    mapping, grad = torch.zeros((2, 0), dtype=torch.int64, device="cpu"), torch.zeros(0, 3, device="cpu")
     with pytest.raises(torch.OutOfMemoryError, match=f"need a tensor of {12 * 2**45} bytes"):
-        _ops.pair_vectors_adjoint(torch.zeros(0, 3), mapping, None, None, 2**45, 1, True, False)
+        _ops.pair_vectors_adjoint(grad, mapping, None, None, 2**45, 1, True, False)
 
 
 def test_what_is_not_a_lack_of_memory(monkeypatch):
