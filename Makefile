@@ -16,7 +16,7 @@ ADAPTER_ENVS := $(notdir $(patsubst %/requirements.txt,%,$(wildcard tests/adapte
 CXX_SOURCES := $(foreach kind,cpp h hip cu,$(wildcard csrc/*.$(kind) examples/deploy/*.$(kind) tests/hostgpu/*.$(kind) tests/hostgpu/hip/*.$(kind)))
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
 
-.PHONY: demo deploy elastic test test-adapters bench-adapters asan hip hostgpu hostgpu32 hostgpu64 hostgpu-asan lint format bench wheel clean always
+.PHONY: demo deploy elastic test test-ambient test-meta test-autocast test-adapters bench-adapters asan hip hostgpu hostgpu32 hostgpu64 hostgpu-asan lint format bench wheel clean always
 
 demo: $(VENV)/examples.installed
 	$(BIN)/python examples/train_mlip.py $(ARGS)
@@ -36,6 +36,14 @@ elastic: $(VENV)/examples.installed
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# The suite where torch has another default device, and its core where matrix products run in bfloat16: what is state
+# of the process must change nothing (tests/ambient.py).
+test-ambient: test-meta test-autocast
+test-meta: $(VENV)/test.installed
+	$(QUICK) DIFFNL_AMBIENT=meta $(BIN)/python -m pytest $(ARGS)
+test-autocast: $(VENV)/test.installed
+	$(QUICK) DIFFNL_AMBIENT=autocast $(BIN)/python -m pytest $(CORE_TESTS) $(ARGS)
 
 # diffnl/adapters against the packages they stand in for, at the releases that tests/adapters/*/requirements.txt pin:
 # each folder there is an environment of its own, for what cannot be installed together. Then a table.
@@ -80,7 +88,9 @@ hostgpu-asan: $(VENV)/test.installed
 	$(SANITIZED) PYTHONPATH=build/$@ $(BIN)/python -P -c "$(call expect,build/$@,hostgpu)"
 	$(QUICK) $(ORDER) $(SANITIZED) PYTHONPATH=build/$@ $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) $(ARGS)
 
-SEARCH_TESTS := $(addprefix tests/test_,$(addsuffix .py,list bound capacity skin cutoffs hypothesis derivatives))
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,list cutoffs capacity skin accepted options errors distances \
+    derivatives autograd stress stress_conventions testing elastic_constants mlip_steps))
+SEARCH_TESTS := $(addprefix tests/test_,$(addsuffix .py,list bound capacity skin skin_wrapped cutoffs hypothesis derivatives))
 SHIM := -std=c++20 -Wall -ffp-contract=off -Itests/hostgpu tests/hostgpu/test_shim.cpp tests/hostgpu/hip/hip_runtime.cpp
 # Fewer examples where an emulator runs the kernels; HYPOTHESIS_PROFILE=thorough asks for more than plenty.
 QUICK := HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),quick)

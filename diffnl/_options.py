@@ -69,6 +69,8 @@ def cutoff(value: float) -> float:
 
 def cutoffs(value: float | Sequence[float]) -> float | tuple[float, ...]:
     """A cutoff, or several in a sequence that is not empty."""
+    if type(value) is float and 0.0 < value < math.inf:
+        return value  # the common case first: a call of few atoms takes ten microseconds
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return cutoff(value)
     if len(value) == 0:
@@ -107,7 +109,9 @@ def one_list(cutoff: float | tuple, capacity: int | None) -> None:
 
 def flag(name: str, value: bool) -> bool:
     """True or False: what is only like one of them in an `if` may have been meant for another argument."""
-    value = value if isinstance(value, bool) else _scalar(name, value)
+    if value is True or value is False:
+        return value
+    value = _scalar(name, value)
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False; got {shown(value)}")
     return value

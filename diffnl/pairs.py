@@ -131,8 +131,10 @@ def _norm(vectors: Tensor) -> Tensor:
     smallest, largest, factor = _SQUARES[vectors.dtype]
     if vectors.device.type == "cpu" and _validate.has_values(vectors) and not transforms_active():
         squared = vectors.square().sum(-1)
-        low, high = torch.aminmax(squared.detach()) if squared.shape[0] > 0 else (1.0, 1.0)
-        if low >= smallest and high <= largest:
+        if squared.shape[0] == 0:
+            return squared.sqrt()
+        low, high = torch.aminmax(squared.detach())
+        if smallest <= low.item() and high.item() <= largest:
             return squared.sqrt()
     squared = vectors.detach().square().sum(-1)
     scale = torch.ones_like(squared).masked_fill(squared < smallest, factor)

@@ -91,17 +91,17 @@ class Crystal(NamedTuple):
 
 def fcc(lattice_constant: float) -> Crystal:
     """The conventional cubic cell, 4 atoms; four times the primitive one, so its Gamma holds X as well."""
-    cell = lattice_constant * torch.eye(3, dtype=torch.float64)
+    cell = lattice_constant * torch.eye(3, dtype=torch.float64, device="cpu")
     fractions = [[0.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]]
-    return Crystal(torch.tensor(fractions, dtype=torch.float64) @ cell, cell)
+    return Crystal(torch.tensor(fractions, dtype=torch.float64, device="cpu") @ cell, cell)
 
 
 def hcp(a: float, c: float) -> Crystal:
     """The primitive hexagonal cell, 2 atoms, neither of them an inversion centre."""
     cell = torch.tensor(
-        [[a, 0.0, 0.0], [a / 2, a * math.sqrt(3) / 2, 0.0], [0.0, 0.0, c]], dtype=torch.float64
+        [[a, 0.0, 0.0], [a / 2, a * math.sqrt(3) / 2, 0.0], [0.0, 0.0, c]], dtype=torch.float64, device="cpu"
     )
-    fractions = torch.tensor([[0.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 2]], dtype=torch.float64)
+    fractions = torch.tensor([[0.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 2]], dtype=torch.float64, device="cpu")
     return Crystal(fractions @ cell, cell)
 
 
@@ -111,7 +111,7 @@ def hcp(a: float, c: float) -> Crystal:
 def deform(crystal: Crystal, x: torch.Tensor) -> Crystal:
     """The crystal after x (6 + 3N): six Voigt strains, then N displacements in Å."""
     strain = torch.einsum("s,sab->ab", x[:6], torch.from_numpy(VOIGT_STRAINS))
-    gradient = torch.eye(3, dtype=x.dtype) + strain
+    gradient = torch.eye(3, dtype=x.dtype, device=x.device) + strain
     return Crystal(crystal.positions @ gradient + x[6:].reshape(-1, 3), crystal.cell @ gradient)
 
 
@@ -127,7 +127,7 @@ def gradient_and_hessian(crystal: Crystal, potential: LennardJones) -> tuple[tor
     def energy_of(x):
         return energy(deform(crystal, x), potential)
 
-    x = torch.zeros(6 + crystal.positions.numel(), dtype=torch.float64)
+    x = torch.zeros(6 + crystal.positions.numel(), dtype=torch.float64, device="cpu")
     return torch.func.grad(energy_of)(x), torch.func.hessian(energy_of)(x)
 
 

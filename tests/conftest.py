@@ -2,11 +2,14 @@
 
 import os
 
+import ambient
 import hypothesis
 import pytest
 import torch
 
 import diffnl
+
+ambient.start()
 
 hypothesis.settings.register_profile("default", max_examples=300, deadline=None)
 # For slow machinery, such as kernels that an emulator runs.
@@ -33,6 +36,16 @@ EMULATED = BACKENDS == ["hostgpu"]
 def pytest_configure(config):
     # torch's own, where matrix products run in a backward: its threads find the context on their own.
     config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS:UserWarning")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with ambient.around_a_test():
+        return (yield)
+
+
+def pytest_collection_modifyitems(items):
+    ambient.skip_what_cannot_run(items)
 
 
 def why_no_gpu():

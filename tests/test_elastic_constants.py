@@ -11,9 +11,6 @@ import torch
 
 import diffnl
 
-# torch itself scripts a few decompositions when forward mode is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 PATH = pathlib.Path(__file__).parent.parent / "examples" / "elastic_constants.py"
 
 

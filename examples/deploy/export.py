@@ -29,7 +29,7 @@ def evaluate(potential: Potential, positions: Tensor, cell: Tensor, pbc: Tensor,
     `positions` (N, 3) and `cell` (3, 3) in Å; `pbc` (3,) bool; `species` (N,) int64, places in
     `potential.config.species`.
     """
-    numbers = torch.tensor(potential.config.species)[species]
+    numbers = torch.tensor(potential.config.species, device=species.device)[species]
     where = numbers, positions, cell[None], pbc[None], torch.zeros_like(species)
     energy, forces, stress = derivatives(potential, *where, create_graph=False)
     return energy[0].detach(), forces, stress[0]
@@ -48,10 +48,10 @@ def trace(potential: Potential) -> torch.export.ExportedProgram:
 
     # Only shapes and dtypes matter.
     inputs = (
-        torch.zeros(ATOMS, 3, dtype=torch.float64),
-        torch.zeros(3, 3, dtype=torch.float64),
-        torch.zeros(3, dtype=torch.bool),
-        torch.zeros(ATOMS, dtype=torch.int64),
+        torch.zeros(ATOMS, 3, dtype=torch.float64, device="cpu"),
+        torch.zeros(3, 3, dtype=torch.float64, device="cpu"),
+        torch.zeros(3, dtype=torch.bool, device="cpu"),
+        torch.zeros(ATOMS, dtype=torch.int64, device="cpu"),
     )
     with potential.neighbors.register_forward_hook(no_single_pair):
         traced = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)

@@ -133,7 +133,7 @@ def frame_from_atoms(atoms: ase.Atoms, name: str) -> Frame:
         torch.from_numpy(atoms.positions.copy()),
         torch.from_numpy(cell),
         torch.from_numpy(atoms.pbc.copy()),
-        torch.as_tensor(values["energy"]),
+        torch.as_tensor(values["energy"], device="cpu"),
         torch.from_numpy(values["forces"].copy()),
         torch.from_numpy(stress.copy() if stress.shape == (3, 3) else voigt_6_to_full_3x3_stress(stress)),
         has_stress="stress" in values,
@@ -173,9 +173,10 @@ def collate(frames: list[Frame], device: torch.device, dtype: torch.dtype) -> Ba
     frames = [frame.on(device, dtype) for frame in frames]
     # Numbers that Python knows are put together here; everything else where it lies.
     sizes = [len(frame.numbers) for frame in frames]
-    counts = torch.tensor(sizes)
-    system_idx = torch.arange(len(frames)).repeat_interleave(counts)
-    with_stress = torch.tensor([k for k, frame in enumerate(frames) if frame.has_stress], dtype=torch.int64)
+    counts = torch.tensor(sizes, device="cpu")
+    system_idx = torch.arange(len(frames), device="cpu").repeat_interleave(counts)
+    with_stress = [k for k, frame in enumerate(frames) if frame.has_stress]
+    with_stress = torch.tensor(with_stress, dtype=torch.int64, device="cpu")
     known = {}
     if all(frame.mapping is not None for frame in frames):
         before = (torch.cumsum(counts, 0) - counts).tolist()
@@ -201,7 +202,7 @@ def split(frames: list[Frame], fraction: float, seed: int) -> tuple[list[Frame],
     if len(frames) < 2:
         raise LabelError(f"{len(frames)} training frame is too few: one is held out for validation")
     held_out = min(max(1, round(fraction * len(frames))), len(frames) - 1)
-    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     return [frames[k] for k in sorted(order[held_out:])], [frames[k] for k in sorted(order[:held_out])]
 
 

@@ -175,10 +175,10 @@ class Potential(torch.nn.Module):
                     0.1
                 )  # start near the reference energies, not at forces of many times the labels'
             self.readouts.append(readout)
-        table = torch.full((120,), -1, dtype=torch.int64)
-        table[list(config.species)] = torch.arange(len(config.species))
+        table = torch.full((120,), -1, dtype=torch.int64, device="cpu")
+        table[list(config.species)] = torch.arange(len(config.species), device="cpu")
         self.register_buffer("species_of_number", table, persistent=False)
-        reference = torch.tensor(config.reference_energies, dtype=torch.float64)
+        reference = torch.tensor(config.reference_energies, dtype=torch.float64, device="cpu")
         self.register_buffer("reference_energies", reference, persistent=False)
 
     def pairs(self, positions, cell, pbc, system_idx, known):

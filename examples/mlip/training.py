@@ -246,7 +246,7 @@ class Trainer:
 
     def train_epoch(self, on_step: Callable[[], None]) -> dict[str, float]:
         """One pass in random order; returns the mean loss and the mean absolute errors on the way."""
-        order = torch.randperm(len(self.frames), generator=self.random).tolist()
+        order = torch.randperm(len(self.frames), generator=self.random, device="cpu").tolist()
         collected: dict[str, list[torch.Tensor]] = {}
         for start in range(0, len(order), self.settings.batch_size):
             result = self.train_step(
