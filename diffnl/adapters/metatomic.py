@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import neighbors
+from . import _common
 
 _SAMPLES = ["first_atom", "second_atom", "cell_shift_a", "cell_shift_b", "cell_shift_c"]
 
@@ -63,9 +64,10 @@ class NeighborList:
     """
 
     def __init__(self, options, length_unit, torchscript=False, check_consistency=False, skin=2.0):
-        if torchscript:
+        if _common.flag("torchscript", torchscript):
             raise NotImplementedError("`torchscript` must be False: this class cannot be scripted; got True")
-        self.options, self.length_unit, self.check_consistency = options, length_unit, check_consistency
+        self.options, self.length_unit = options, length_unit
+        self.check_consistency = _common.flag("check_consistency", check_consistency)
         cutoff = options.engine_cutoff(length_unit)
         self._search = neighbors.NeighborList(cutoff, full=options.full_list, skin=skin)
 

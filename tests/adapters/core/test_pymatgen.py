@@ -116,7 +116,7 @@ def test_pairs_at_the_radius(r, tol, count):
 
 @pytest.mark.parametrize(
     ("r", "min_r", "count"),
-    [(1.0, 2.0, 7), (1.0 - 1e-12, 2.0, 1), (math.sqrt(2.0), 2.0, 19), (0.0, 1.0, 1), (-0.5, 1.0, 0)],
+    [(1.0, 2.0, 7), (1.0 - 1e-12, 2.0, 1), (math.sqrt(2.0), 2.0, 19), (0.0, 1.0, 1)],
 )
 def test_small_radii_include_pairs_at_the_radius(r, min_r, count):
     assert len(assert_same_answer(**SIMPLE_CUBIC, r=r, min_r=min_r)[0]) == count
@@ -154,6 +154,9 @@ def test_values_that_are_not_finite():
         ours(**SIMPLE_CUBIC | {"all_coords": np.full((1, 3), np.nan)}, r=2.0)
     with pytest.raises(ValueError, match="`cell`"):
         ours(**SIMPLE_CUBIC | {"lattice": np.diag([1.0, 1.0, 0.0])}, r=2.0)
+    assert len(theirs(**SIMPLE_CUBIC, r=-0.5)[0]) == 0
+    with pytest.raises(ValueError, match="`r` must be finite and >= 0; got -0.5"):
+        ours(**SIMPLE_CUBIC, r=-0.5)
 
 
 # Structures, which import the function inside their methods.
