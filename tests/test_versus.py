@@ -103,7 +103,7 @@ def test_two_processes_of_this_version(capsys):
 @pytest.mark.parametrize("kind", list(versus.KINDS))
 def test_every_kind_of_list_can_be_timed(kind):
     for step in versus.KINDS[kind]:
-        assert versus.sample(versus.prepare("8", kind, step, "float32", "cpu"), "cpu", 0.0) > 0
+        assert versus.sample(versus.prepare("8", kind, step, "float32", "cpu"), "cpu", 0.0, 1, True) > 0
 
 
 def test_a_folder_without_diffnl_is_refused(tmp_path):
