@@ -137,15 +137,6 @@ __device__ inline bool has_jumped(const GpuSelection<T>& s) {
   return s.state->jumped != 0 && s.state->must_search == 0;
 }
 
-struct Shift {
-  int32_t s0, s1, s2;
-
-  __device__ bool fits_link() const {
-    constexpr int32_t most = static_cast<int32_t>(Link::kLargestShift);
-    return std::max(std::max(std::abs(s0), std::abs(s1)), std::abs(s2)) <= most;
-  }
-};
-
 // One atom's row of candidates, by a wave. `kJumped`: as they are after jumps.
 template <typename T, bool kJumped>
 struct CandidateRow {

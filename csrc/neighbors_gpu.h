@@ -39,6 +39,16 @@ struct Link {
   }
 };
 
+// S of one pair.
+struct Shift {
+  int32_t s0, s1, s2;
+
+  DIFFNL_HD bool fits_link() const {
+    constexpr int32_t most = static_cast<int32_t>(Link::kLargestShift);
+    return s0 >= -most && s0 <= most && s1 >= -most && s1 <= most && s2 >= -most && s2 <= most;
+  }
+};
+
 // ------------------------------------------------------------------------------------------- search
 
 // One system, on the device.

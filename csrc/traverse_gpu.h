@@ -157,10 +157,6 @@ __device__ inline Candidate<T> load_candidate(const GpuSearch<T>& s, const Candi
 }
 
 // S = m - W_j + W_i, one axis each.
-struct Shift {
-  int32_t s0, s1, s2;
-};
-
 template <typename T>
 __device__ inline Shift shift_between(const Home<T>& home, int a, const Candidates& near, const Candidate<T>& j) {
   const int32_t *m = near.image[j.bin], *w = home.w[a];

@@ -79,7 +79,7 @@ def test_five_atoms_far_along_open_axes_have_six_pairs(dtype, device):
 
 @of_kinds(*KINDS)
 def test_lattice_with_a_shell_at_the_cutoff_anywhere(flags, dtype, device):
-    """At offsets of 10^3 .. 10^7 Å: 30 lists of 343 atoms where all axes are open, 15 smaller ones elsewhere."""
+    """30 lists of 343 atoms where all axes are open, 15 smaller ones otherwise, 10^3 to 10^7 Å out."""
     for exponent in range(3, 8):
         for seed in range(3 if any(flags) else 6):
             positions, cell = lattice(flags, seed, on_open=5 if any(flags) else 7)
