@@ -45,6 +45,19 @@ def mixed_frames():
     return [*frames, frame_from_atoms(labelled(molecule), "molecule")]
 
 
+@pytest.mark.parametrize("capacity", [0, 5])
+def test_a_list_without_room_has_no_energy(capacity):
+    """Sums over pairs that are not there would be the atoms' reference energies."""
+    model = potential()
+    batch = collate(make_copper(1, seed=2)[:1], CPU, torch.float64)
+    where = batch.numbers, batch.positions, batch.cell, batch.pbc, batch.system_idx
+    expected = model(*where)
+    model.neighbors.capacity = capacity
+    assert model(*where).isnan().all()
+    model.neighbors.capacity = 4_000
+    torch.testing.assert_close(model(*where), expected)
+
+
 # Sums.
 
 

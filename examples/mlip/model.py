@@ -211,7 +211,8 @@ class Potential(torch.nn.Module):
         # A sum over thousands of float32 energies of -5 eV would lose the meV that forces and stresses are
         # made of.
         atomic = atomic.double() * self.config.scale + self.reference_energies[species]
-        return atomic.new_zeros(len(cell)).index_add(0, system_idx, atomic)
+        energies = atomic.new_zeros(len(cell)).index_add(0, system_idx, atomic)
+        return energies * pairs.ok if isinstance(pairs, diffnl.PaddedPairs) else energies
 
 
 def weights(model: Potential) -> dict[str, torch.Tensor]:
