@@ -116,7 +116,7 @@ DIFFNL_HD inline double squared_move(const Drift& drift, const T* from, const T*
     const double rest = u[c] - cell_translation(n[0], n[1], n[2], h, c);
     left += rest * rest;
   }
-  for (int k = 0; k < 3; ++k) jump.n[k] = static_cast<int8_t>(n[k]);
+  jump = {{static_cast<int8_t>(n[0]), static_cast<int8_t>(n[1]), static_cast<int8_t>(n[2]), 0}};
   return left;
 }
 
