@@ -90,7 +90,8 @@ hostgpu-asan: $(VENV)/test.installed
 
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,list cutoffs capacity skin accepted options errors distances \
     derivatives autograd stress stress_conventions testing elastic_constants mlip_steps))
-SEARCH_TESTS := $(addprefix tests/test_,$(addsuffix .py,list bound capacity skin skin_wrapped cutoffs hypothesis derivatives))
+SEARCH_TESTS := $(addprefix tests/test_,$(addsuffix .py,list bound capacity skin skin_wrapped skin_state cutoffs \
+    hypothesis derivatives))
 SHIM := -std=c++20 -Wall -ffp-contract=off -Itests/hostgpu tests/hostgpu/test_shim.cpp tests/hostgpu/hip/hip_runtime.cpp
 # Fewer examples where an emulator runs the kernels; HYPOTHESIS_PROFILE=thorough asks for more than plenty.
 QUICK := HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),quick)
