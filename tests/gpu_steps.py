@@ -80,7 +80,8 @@ def random_like(t, seed):
 
 def whole_step(arguments, cutoff, full=True):
     """The list, gradients by positions and cell, and gradients of those: what training computes."""
-    _, _, pbc, system_idx = arguments
+    _, cell, pbc, system_idx = arguments
+    pbc = False if cell is None else pbc
     leaves = leaves_of(arguments)
     mapping, shifts, vectors = find((*leaves, pbc, system_idx), cutoff, full=full)
     first = torch.autograd.grad(vectors.pow(3).sum(), leaves, create_graph=True)

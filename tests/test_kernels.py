@@ -144,7 +144,8 @@ def check_gradients(arguments, cutoff, full=True, in_order=False):
     positions and another cell.
     """
     positions, cell, pbc, system_idx = arguments
-    cell = positions.new_zeros(3, 3) if cell is None else cell
+    if cell is None:
+        cell, pbc = positions.new_zeros(3, 3), False
     leaves = positions, cell = positions.detach().requires_grad_(), cell.detach().requires_grad_()
     pairs = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, system_idx, full=full, sorted=in_order)
     mapping, shifts, vectors = pairs
@@ -198,7 +199,8 @@ def test_same_bits_again(name, device):
     results = []
     for _ in range(2):
         positions, cell, pbc, system_idx = SYSTEMS[name].arguments(torch.float32, device)
-        cell = positions.new_zeros(3, 3) if cell is None else cell
+        if cell is None:
+            cell, pbc = positions.new_zeros(3, 3), False
         leaves = positions.requires_grad_(), cell.requires_grad_()
         pairs = diffnl.neighbor_pairs(*leaves, pbc, SYSTEMS[name].cutoffs[0], system_idx)
         first = torch.autograd.grad(pairs.vectors.pow(3).sum(), leaves, create_graph=True)
