@@ -159,7 +159,7 @@ def check_padded(label: str, case: Case, device: str, dtype, fresh, full: bool, 
     """The list in room for more pairs and for fewer, and its derivatives; the number of lists looked at."""
     positions, cell, pbc, index = case.on(device, dtype)
     if cell is None and index is not None:
-        cell = torch.zeros(int(index.max()) + 1, 3, 3, dtype=dtype, device=device)
+        cell, pbc = torch.zeros(int(index.max()) + 1, 3, 3, dtype=dtype, device=device), False
     num_pairs = fresh.shifts.shape[0]
     if num_pairs > 0 and full and fresh.shifts.abs().max() > 31:
         positions.requires_grad_(False)  # what a GPU cannot link, it does not differentiate
@@ -185,7 +185,7 @@ def check_skin(label: str, case: Case, device: str, dtype, fresh, full: bool) ->
     """The sorted list from candidates: searched, reused, searched again; the number of lists looked at."""
     positions, cell, pbc, index = case.on(device, dtype)
     if cell is None and index is not None:
-        cell = torch.zeros(int(index.max()) + 1, 3, 3, dtype=dtype, device=device)
+        cell, pbc = torch.zeros(int(index.max()) + 1, 3, 3, dtype=dtype, device=device), False
     num_pairs = fresh.shifts.shape[0]
     linked = num_pairs == 0 or fresh.shifts.abs().max() <= 31  # what a GPU can keep for a padded list
     for capacity in (None, 3 * num_pairs + 300) if linked else (None,):
@@ -197,7 +197,23 @@ def check_skin(label: str, case: Case, device: str, dtype, fresh, full: bool) ->
             if moved is positions:
                 parts = found.mapping[:, :num_pairs], found.shifts[:num_pairs], found.vectors[:num_pairs]
                 assert all(map(torch.equal, parts, fresh)), f"{label}: other pairs with a skin"
-    return 6 if linked else 3
+        if cell is not None:
+            layer(positions, cell, pbc, index)
+            check_jumps(label, layer, positions.detach(), cell, pbc, index)
+    return 7 if linked else 4
+
+
+def check_jumps(label: str, layer: diffnl.NeighborList, positions, cell, pbc, index) -> None:
+    """Every other atom moves by two lattice vectors where they are periodic: candidates that have jumped."""
+    cells = cell.reshape(-1, 3, 3)
+    first = cells[:, 0] * torch.as_tensor(pbc, device=cell.device).expand(cells.shape[:2])[:, :1]
+    of_atom = first[torch.zeros(len(positions), dtype=torch.int64) if index is None else index]
+    jumped = positions + 2.0 * (torch.arange(len(positions), device=cell.device) % 2)[:, None] * of_atom
+    found = layer(jumped, cell, pbc, index)
+    fresh = diffnl.neighbor_pairs(jumped, cell, pbc, layer.cutoff, index, full=layer.full, sorted=True)
+    count = len(fresh.shifts)
+    parts = found.mapping[:, :count], found.shifts[:count], found.vectors[:count]
+    assert all(map(torch.equal, parts, fresh)), f"{label}: other pairs after jumps"
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> int:
