@@ -282,10 +282,11 @@ DIFFNL_HD inline Reach make_grid(const SearchCell& cell, const AtomRange& range,
   out.radius = cutoff + reach.rounding;
   choose_bins(length, cell.periodic, out.radius, num_atoms, prices, out.axis);
   out.bin_diagonal = 0.0;
+  constexpr double flat = 1e-100;  // atoms this close to a plane are in one bin, whose width has a square
   for (int k = 0; k < 3; ++k) {
     out.origin[k] = cell.periodic[k] ? 0.0 : range.q_low[k];
     const double bins = static_cast<double>(out.axis[k].bins);
-    out.bins_per_unit[k] = cell.periodic[k] ? bins : span[k] > 0.0 ? bins / span[k] : 1.0;
+    out.bins_per_unit[k] = cell.periodic[k] ? bins : span[k] > flat ? bins / span[k] : 1.0;
     out.units_per_bin[k] = 1.0 / out.bins_per_unit[k];
     out.bin_diagonal += (cell.periodic[k] ? cell.length[k] : 1.0) * out.units_per_bin[k];  // open rows are units
   }

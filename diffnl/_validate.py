@@ -435,8 +435,8 @@ def raise_memory_error(error: RuntimeError, like: Tensor) -> None:
 def _refusal(num_bytes: int, device: torch.device) -> torch.OutOfMemoryError | None:
     """What torch says of a request for so much memory. Its C interface did not say why it gave none: on a GPU
     an earlier kernel may have failed, which is then raised here."""
-    if device.type == "cpu":
-        return None  # the allocator's file, line and number of bytes
+    if device.type == "cpu" or num_bytes >= 2**63:
+        return None  # the allocator's file, line and number of bytes; or torch has no integer for the request
     try:
         torch.empty(num_bytes, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as reason:

@@ -134,6 +134,20 @@ def test_an_extent_beyond_the_dtype(share, dtype, device):
     assert pairs.mapping.tolist() == [[0, 1, 2, 3], [2, 3, 0, 1]]
 
 
+@of_kinds("wire", "slab")
+@pytest.mark.parametrize("thickness", [1e-90, 1e-110, 1e-170, 1e-243])
+def test_atoms_in_a_plane_but_for_next_to_nothing(flags, thickness, device):
+    """An extent whose square is 0: what is left of a column of bins inside the sphere was no number."""
+    for axis in range(3):
+        open_axis = flags.index(False)
+        order = [(k + axis) % 3 for k in range(3)]
+        positions = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.1, 0.1]], dtype=torch.float64)
+        positions[1, open_axis] = thickness
+        cell, turned = 0.3 * torch.eye(3, dtype=torch.float64), [flags[k] for k in order]
+        pairs = assert_list(positions[:, order], cell, turned, 2.0, torch.float64, device)
+        assert pairs.mapping.shape[1] > 20
+
+
 # ----- eps64 kappa (max |r| + extent): filing in float64 ---------------------------------------------------
 
 

@@ -346,6 +346,7 @@ def raises_out_of_range(name, device, gpu_kernels):
 def out_of_range(positions, cell, mapping, shifts, system_idx=None):
     """(P,) whether a pair leads outside the tensors, or its shift outside int32."""
     inside = (mapping >= 0) & (mapping < len(positions))
+    shifts = shifts.long()  # a GPU compares int32 with 2**31 in int32
     inside = inside & ((shifts >= -(2**31)) & (shifts < 2**31)).all(1)
     if system_idx is not None:
         owner = system_idx[mapping[0].clamp(0, len(positions) - 1)]

@@ -1,6 +1,7 @@
 """The training example: the model's symmetries and derivatives, the files it refuses, learning, resuming."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -393,7 +394,10 @@ def test_a_killed_run_ends_as_one_that_was_not(files, tmp_path):
     assert train_mlip.main([*run, str(tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, str(script), *run, str(killed)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, str(script), *run, str(killed)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as here: torch's sums depend on it
     )
     end = time.monotonic() + 120
     while not (killed / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
