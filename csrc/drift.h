@@ -145,8 +145,8 @@ DIFFNL_HD inline VectorRounding vector_rounding(const SearchCell& cell, double a
   double slant = 0.0, translation = 0.0, spacing = std::numeric_limits<double>::infinity();
   for (int k = 0; k < 3; ++k) {
     if (!cell.periodic[k]) continue;
-    slant += cell.length[k] / cell.height[k];
-    translation += ((radius + apart) / cell.height[k] + 2.0) * cell.length[k];
+    slant += cell.length[k] * cell.per_height[k];
+    translation += ((radius + apart) * cell.per_height[k] + 2.0) * cell.length[k];
     spacing = std::min(spacing, cell.height[k]);
   }
   return {16.0 * eps * (slant + 1.0), eps * translation > spacing / 8.0};
@@ -168,7 +168,7 @@ DIFFNL_HD inline double margin(const Drift& drift, double moved2, double spread,
   for (int k = 0; k < 3; ++k) {
     largest = std::max(largest, spread + std::max(std::abs(drift.old_origin[k]), std::abs(drift.now_origin[k])));
     const double length = drift.now.periodic[k] ? drift.now.length[k] : 1.0;
-    lengths += length / drift.old.height[k] + length / drift.now.height[k];
+    lengths += length * (drift.old.per_height[k] + drift.now.per_height[k]);
   }
   const double carrying = 64.0 * std::numeric_limits<double>::epsilon() *
                           std::max(drift.old.condition, drift.now.condition) * lengths * (largest + radius);

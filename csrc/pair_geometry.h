@@ -51,9 +51,10 @@ DIFFNL_HD inline T squared_length(Vec3<T> v) {
 // an open axis they are a length in the length unit of the positions.
 struct SearchCell {
   double h[9];
-  double inverse[9];  // q = r @ inverse
-  double height[3];   // distance between neighbouring lattice planes of axis k; 1 on open axes
-  double length[3];   // |h_k| on periodic axes, 0 on open ones
+  double inverse[9];     // q = r @ inverse
+  double height[3];      // distance between neighbouring lattice planes of axis k; 1 on open axes
+  double per_height[3];  // 1 / height: a GPU divides slowly
+  double length[3];      // |h_k| on periodic axes, 0 on open ones
   bool periodic[3];
   double condition;  // prod |h_k| / |det h| >= 1: how much rounding the inverse amplifies
 };
@@ -121,9 +122,11 @@ DIFFNL_HD inline bool make_search_cell(const T* cell, const bool* pbc, SearchCel
     out.inverse[3 * c + 1] = ca[c] * inverse_det;
     out.inverse[3 * c + 2] = ab[c] * inverse_det;
   }
-  out.height[0] = std::abs(det) / norm(bc);
-  out.height[1] = std::abs(det) / norm(ca);
-  out.height[2] = std::abs(det) / norm(ab);
+  const double areas[3] = {norm(bc), norm(ca), norm(ab)};
+  for (int k = 0; k < 3; ++k) {
+    out.height[k] = std::abs(det) / areas[k];
+    out.per_height[k] = areas[k] * std::abs(inverse_det);
+  }
   return true;
 }
 
