@@ -46,9 +46,11 @@ struct ImageBox {
   }
 };
 
-// The boxes of systems with jumps; their numbers follow those of the candidates' images. Together they are not
-// much larger than the list: boxes beyond that are not made.
-std::vector<ImageBox> image_boxes(const Candidates& candidates, const Jumps& jumps) {
+constexpr int64_t kMostImages = std::numeric_limits<int32_t>::max() / 2;  // they have numbers of 32 bits
+
+// The boxes of systems with jumps; their numbers follow those of the candidates' images. Together they hold at
+// most `most_images`: boxes beyond that are not made.
+std::vector<ImageBox> image_boxes(const Candidates& candidates, const Jumps& jumps, int64_t most_images) {
   std::vector<ImageBox> boxes(static_cast<size_t>(jumps.num_systems));
   for (int64_t i = 0; i < candidates.num_atoms; ++i) {
     const Jump& jump = jumps.of_atom[i];
@@ -68,8 +70,6 @@ std::vector<ImageBox> image_boxes(const Candidates& candidates, const Jumps& jum
     }
     ++box.num_images;
   }
-  const int64_t size = candidates.offsets[candidates.num_atoms],
-                most = std::min<int64_t>((1 << 16) + 4 * size, std::numeric_limits<int32_t>::max());
   int64_t next = candidates.num_images;
   for (ImageBox& box : boxes) {
     if (!box.moves()) continue;
@@ -77,7 +77,7 @@ std::vector<ImageBox> image_boxes(const Candidates& candidates, const Jumps& jum
       box.low[k] -= box.most[k] - box.least[k];
       box.high[k] += box.most[k] - box.least[k];
     }
-    box.first = box.fits(candidates.num_images + most - next) ? next : -1;
+    box.first = box.fits(candidates.num_images + most_images - next) ? next : -1;
     if (box.first >= 0) next += box.size();
   }
   return boxes;
@@ -148,7 +148,9 @@ class Gathered {
  private:
   // Makes the images that jumps lead to; returns how many there are then.
   int64_t follow(const Jumps& jumps) {
-    const std::vector<ImageBox> boxes = image_boxes(candidates_, jumps);
+    // The boxes were found small enough when they were asked for; the list may have been merged with another
+    // since.
+    const std::vector<ImageBox> boxes = image_boxes(candidates_, jumps, kMostImages);
     made_.assign(images_, images_ + 4 * candidates_.num_images);
     in_box_.assign(static_cast<size_t>(candidates_.num_images), -1);
     for (size_t b = 0; b < boxes.size(); ++b) {
@@ -365,7 +367,9 @@ bool find_margins(const Motion<T>& motion, const Candidates& candidates, double 
     margins[b] = moves[b].known ? margin<T>(moves[b].drift, moves[b].most2, moves[b].spread, cutoff, radius)
                                 : -std::numeric_limits<double>::infinity();
   if (!any) return false;
-  const std::vector<ImageBox> boxes = image_boxes(candidates, found);
+  // Together not much larger than the list.
+  const int64_t size = candidates.offsets[candidates.num_atoms];
+  const std::vector<ImageBox> boxes = image_boxes(candidates, found, std::min((1 << 16) + 4 * size, kMostImages));
   for (size_t b = 0; b < boxes.size(); ++b)
     if (boxes[b].moves() && boxes[b].first < 0) margins[b] = -std::numeric_limits<double>::infinity();
   return true;

@@ -3,6 +3,7 @@
 The only file that touches ``torch.ops.diffnl``.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -46,6 +47,11 @@ def _load_library() -> None:
 
 
 _load_library()
+
+# A forked child has none of its parent's threads, and waits for them for ever where torch asks for more than
+# one, as a square root of 100 numbers does. torch's DataLoader sets one thread in its workers too.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def build_info() -> dict:

@@ -97,6 +97,8 @@ def capacity(value: int | None) -> int | None:
         raise TypeError(f"`capacity` must be an integer; got {shown(value)}")
     if value < 0:
         raise ValueError(f"`capacity` must be >= 0; got {value}")
+    if isinstance(value, int) and value >= 2**63:
+        raise ValueError(f"`capacity` must fit int64; got {value}")
     return value if isinstance(value, int | torch.SymInt) else int(value)
 
 

@@ -253,7 +253,9 @@ def _cut(t: Tensor):
     output = t.output_nr
 
     def prehook(gradients):
-        return (*gradients[:output], None, *gradients[output + 1 :])
+        # Zeros, not None: hooks and custom Functions further down may expect tensors.
+        nothing = None if gradients[output] is None else torch.zeros_like(gradients[output])
+        return (*gradients[:output], nothing, *gradients[output + 1 :])
 
     return t.grad_fn.register_prehook(prehook)
 

@@ -1,8 +1,4 @@
-"""Run by test_concurrency.py in a process of its own: lists in children of a process that has used threads.
-
-Only diffnl's operators see large tensors here: torch's own, of 2**15 elements and more, wait for ever in such
-a child unless it calls `torch.set_num_threads(1)`.
-"""
+"""Run by test_concurrency.py in a process of its own: lists in children of one that has used threads."""
 
 import hashlib
 import multiprocessing
@@ -29,13 +25,14 @@ def digests(tensors) -> list[str]:
 
 
 def everything(num_atoms: int) -> list[str]:
-    """Digests of a list, its vectors again, its gradients, and lists with a skin."""
+    """Digests of a list, its vectors again, its gradients, a stress, and lists with a skin."""
     positions, cell, pbc = box(num_atoms)
     found = list(diffnl.neighbor_pairs(positions, cell, pbc, 6.0, sorted=True))
     found.append(diffnl.pair_vectors(positions, cell, *found[:2]))
     inputs = positions.requires_grad_(), cell.requires_grad_()
     pairs = diffnl.neighbor_pairs(*inputs, pbc, 6.0, sorted=True)
-    found += torch.autograd.grad(pairs.vectors, inputs, WEIGHTS[num_atoms])
+    found += torch.autograd.grad(pairs.vectors, inputs, WEIGHTS[num_atoms], retain_graph=True)
+    found += diffnl.forces_and_stress((1.0 - pairs.distances / 6.0).pow(3).sum(), *inputs)
     layer = diffnl.NeighborList(6.0, skin=0.5)
     with torch.no_grad():
         for move in (0.0, 0.01):
@@ -44,7 +41,6 @@ def everything(num_atoms: int) -> list[str]:
 
 
 def child(num_atoms: int, results) -> None:
-    assert torch.get_num_threads() == 2, "a child that asks for no threads shows nothing"
     results.put((num_atoms, everything(num_atoms)))
 
 

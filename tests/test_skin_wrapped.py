@@ -261,3 +261,20 @@ def test_large_systems(atoms, device):
         assert_same_bits(live(padded(moved, cell, True)), expected)
     for layer in (exact, padded):
         assert (layer.searches, layer.reuses) == (1, 2)
+
+
+def test_a_system_jumps_far_while_another_thins_out(device):
+    """The jumps are measured against a list that becomes much shorter before they are followed."""
+    cell = torch.stack([3.0 * torch.eye(3), 40.0 * torch.eye(3)]).double()
+    owner = torch.tensor([0, 0] + [1] * 60)
+    spread = torch.rand(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = torch.cat([torch.tensor([[0.1, 0.1, 0.1], [1.0, 1.0, 1.0]]).double(), 20.0 + spread])
+    then = first.clone()
+    then[0] += 3.0 * 19.0
+    steps = torch.arange(60)
+    then[2:] = torch.stack([9.0 * steps % 40, (9 * steps // 40) * 9.0, 0.0 * steps], 1).double()
+    layer = diffnl.NeighborList(2.0, skin=1.0)
+    cell, owner = cell.to(device), owner.to(device)
+    for positions in (first.to(device), then.to(device)):
+        pairs = layer(positions, cell, True, owner)
+        assert_same_bits(pairs, diffnl.neighbor_pairs(positions, cell, True, 2.0, owner, sorted=True))

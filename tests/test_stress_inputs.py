@@ -365,3 +365,17 @@ def test_one_molecule_has_no_stress(device):
     gradients = torch.autograd.grad(forces.square().sum() + stress[0, 0].nan_to_num(), (positions, cell))
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     assert math.isclose(forces[1, 2].item(), -4.0)
+
+
+def test_hooks_between_the_cell_and_the_positions_get_tensors():
+    """No gradient flows from positions to the cell, but hooks on the way there still get tensors."""
+    seen = []
+    cell = (3.0 * torch.eye(3, dtype=torch.float64)).requires_grad_()
+    scaled = 1.0 * cell
+    scaled.register_hook(lambda gradient: seen.append(gradient.clamp(-1e9, 1e9)))
+    fractions = torch.rand(4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    results = []
+    for positions in (fractions @ scaled, (fractions @ scaled).detach().requires_grad_()):
+        energy = (positions[:, None] - positions).pow(2).sum() + cell.pow(2).sum()
+        results.append(diffnl.forces_and_stress(energy, positions, cell))
+    assert all(map(torch.equal, *results)) and seen and not seen[0].any()
