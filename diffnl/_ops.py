@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _validate
+from ._torch_compat import below_autograd
 
 _FOLDER = Path(__file__).parent
 
@@ -71,7 +72,7 @@ def _call(operator, *args):
     if torch.compiler.is_compiling():
         return operator(*args)
     try:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return operator(*args)
     except NotImplementedError as error:
         raise _validate.no_backend(*args) from error

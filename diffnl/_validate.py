@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _advice
+from ._torch_compat import dispatch_mode_active
 
 FLOATS = (torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -201,7 +202,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def is_traced() -> bool:
     """Whether something compiles, traces or fakes operators, instead of only running them."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or dispatch_mode_active()
 
 
 def has_values(t: Tensor) -> bool:

@@ -17,13 +17,11 @@ of the memory and knows the reverse of each pair.
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _ops, _validate
-
-transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+from ._torch_compat import apply_directly, transforms_active
 
 
 class _Operator(Function):
@@ -38,7 +36,7 @@ class _Operator(Function):
             return cls.forward(*args)  # whose operator a compiler can differentiate by itself: see below
         if transforms_active():
             return cls.apply(*args)
-        return super(Function, cls).apply(*unwrap_dead_wrappers(args))
+        return apply_directly(cls, *args)
 
 
 def _without_cell(pair_list):

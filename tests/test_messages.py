@@ -7,6 +7,7 @@ from ase.build import bulk
 from compare import assert_equal_bits
 
 import diffnl
+from diffnl import _ops
 
 R = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 1.5, 1.0]])
 H = 4.0 * torch.eye(3)
@@ -130,7 +131,7 @@ def test_a_device_without_kernels_is_named(monkeypatch):
         raise NotImplementedError("Could not run 'diffnl::neighbor_pairs' with arguments from the ...")
 
     for capacity in (None, 9):
-        monkeypatch.setattr(torch._C, "_AutoDispatchBelowAutograd", refuse)
+        monkeypatch.setattr(_ops, "below_autograd", refuse)
         with pytest.raises(
             ValueError, match="`positions` must be on a device that this build .* got .* on cpu"
         ):
