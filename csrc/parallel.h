@@ -6,7 +6,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+
+#include "small_regions.h"
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -24,14 +27,18 @@ inline const int fork_handler =
     pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
 #endif
 
-// From how much work on threads are used, in nanoseconds that one thread needs. On an idle machine two threads
-// take as long as one for 50 to 100 us of work, and three quarters of the time from 300 us on. Where other
-// programs keep the cores busy, each region waits for the system to run the other thread: 4 to 16 ms, however
-// small the work. So threads must be worth more than what they gain on a quiet machine.
-constexpr double kWorkForThreads = 250e3;
+// Work is measured in nanoseconds that one thread needs. On an idle machine two threads take as long as one for
+// 50 to 100 us of work, and three quarters of the time from 200 us on. Where other programs keep the cores busy,
+// each region waits for the system to run the other thread: 4 to 16 ms, however small the work. Below the first
+// number there are no threads; between the two, while they come in time; above the second, always.
+constexpr double kLeastForThreads = 100e3, kAlwaysThreads = 1e6;
+
+inline bool is_small(double work) { return work >= kLeastForThreads && work < kAlwaysThreads; }
+inline SmallRegions small_regions;
 
 inline int64_t threads_for(double work) {
-  const bool alone = work < kWorkForThreads || is_forked_child.load(std::memory_order_relaxed);
+  const bool alone = work < kLeastForThreads || (is_small(work) && small_regions.alone()) ||
+                     is_forked_child.load(std::memory_order_relaxed);
   return alone ? 1 : int64_t(torch::stable::get_num_threads());
 }
 
@@ -54,10 +61,16 @@ inline void parallel_blocks(int64_t size, int64_t block, double work, const F& f
     for (int64_t b = next++; b < num_blocks; b = next++) f(b * block, std::min(size, (b + 1) * block));
   };
   const int64_t threads = std::min(threads_for(work), num_blocks);
-  if (threads <= 1)
+  if (threads <= 1) {
+    if (is_small(work)) small_regions.ran_alone();
     take_blocks(0, 1);
-  else
-    torch::stable::parallel_for(0, threads, 1, take_blocks);
+    return;
+  }
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point begin = Clock::now();
+  torch::stable::parallel_for(0, threads, 1, take_blocks);
+  const std::chrono::duration<double, std::nano> took = Clock::now() - begin;
+  if (is_small(work)) small_regions.ran_on_threads(took.count() > 2.0 * work);
 }
 
 }  // namespace diffnl

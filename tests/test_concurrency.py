@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,44 @@ def test_dataloader_workers(method, threads):
     assert seen == names
 
 
+PAUSES = """
+#include "small_regions.h"
+#include <cstdio>
+
+// Each argument: a region of small work, late or in time if threads run it. Prints what ran it.
+int main(int count, char** late) {
+  diffnl::SmallRegions regions;
+  for (int n = 1; n < count; ++n) {
+    if (regions.alone()) {
+      regions.ran_alone();
+      std::putchar('1');
+    } else {
+      regions.ran_on_threads(late[n][0] == 'l');
+      std::putchar('2');
+    }
+  }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles a header of csrc/")
+def test_after_late_threads_small_regions_run_on_one(tmp_path):
+    """Where other programs keep the cores busy, a list of 60 atoms took 130 times longer with two threads."""
+    source, program = tmp_path / "pauses.cpp", tmp_path / "pauses"
+    source.write_text(PAUSES)
+    csrc = Path(__file__).parents[1] / "csrc"
+    subprocess.run(["g++", "-std=c++20", f"-I{csrc}", source, "-o", program], check=True)
+
+    def runs(*regions):
+        return subprocess.check_output([program, *regions], text=True)
+
+    assert runs(*["in time"] * 20) == "2" * 20
+    assert runs(*["late"] * 60) == "2" + 8 * "1" + "2" + 16 * "1" + "2" + 32 * "1" + "2"
+    always_late = runs(*["late"] * 30_000)
+    assert always_late.count("2") < 20 and 4096 * "1" + "2" in always_late and 4097 * "1" not in always_late
+    assert runs("late", *["in time"] * 30) == "2" + 8 * "1" + 22 * "2"
+
+
 FORKING = Path(__file__).parent / "forking.py"
 
 
@@ -80,14 +119,13 @@ def threads_after(num_atoms):
     return len(os.listdir("/proc/self/task"))
 torch.rand(3).requires_grad_().sum().backward()  # whatever threads autograd wants
 before = threads_after(1)
-print(threads_after(60) - before, threads_after(3000) - before)
+print(threads_after(20) - before, threads_after(3000) - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_list_of_60_atoms_makes_no_threads(cpu_backend):
-    """On a busy machine, where each use of threads waits for milliseconds, 60 atoms took a hundred times as
-    long with two threads as with one."""
+def test_a_list_of_20_atoms_makes_no_threads(cpu_backend):
+    """From 0.1 ms of work on threads pay: of 30 atoms to 6 Å, without a skin."""
     script = subprocess.run(
         [sys.executable, "-c", NUMBER_OF_THREADS], capture_output=True, text=True, timeout=100
     )
