@@ -21,7 +21,8 @@ hypothesis.settings.register_profile(
     # The gate is about new inputs, and a drawn batch of systems is large by hypothesis' standards.
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+hypothesis.settings.load_profile(PROFILE)
 
 # Thousands of tiny calls gain nothing from more threads, and crawl where other work shares the cores. That
 # results do not depend on the number of threads has its own tests, which use the `threads` fixture.
@@ -31,6 +32,13 @@ torch.set_num_threads(1)
 BACKENDS = diffnl.build_info()["backends"]
 # A build for tests: an emulator runs the GPU kernels, which answer CPU tensors in the CPU backend's place.
 EMULATED = BACKENDS == ["hostgpu"]
+# Then tests take fewer steps and systems.
+SLOW = EMULATED or PROFILE == "quick"
+
+
+def seeds(count: int) -> range:
+    """Seeds of a test that draws its own systems."""
+    return range(1 if SLOW else count)
 
 
 def pytest_configure(config):

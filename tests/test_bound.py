@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from compare import assert_list_equals_reference, assert_same_bits, canonical, on_cpu
+from conftest import seeds
 
 import diffnl
 
@@ -81,7 +82,7 @@ def test_five_atoms_far_along_open_axes_have_six_pairs(dtype, device):
 def test_lattice_with_a_shell_at_the_cutoff_anywhere(flags, dtype, device):
     """30 lists of 343 atoms where all axes are open, 15 smaller ones otherwise, 10^3 to 10^7 Å out."""
     for exponent in range(3, 8):
-        for seed in range(3 if any(flags) else 6):
+        for seed in seeds(3 if any(flags) else 6):
             positions, cell = lattice(flags, seed, on_open=5 if any(flags) else 7)
             offset = 10.0**exponent * direction(100 + seed)
             assert_list(positions + offset, cell, flags, SPACING, dtype, device)
@@ -93,7 +94,7 @@ def test_lattice_with_a_shell_at_the_cutoff_anywhere(flags, dtype, device):
 @of_kinds(*KINDS)
 def test_arithmetic_near_the_origin(flags, dtype, device):
     """No distance is large: vectors and boxes are off by a few last bits of the cutoff and the extent."""
-    for seed in range(6):
+    for seed in seeds(6):
         positions, cell = lattice(flags, seed, on_open=5)
         assert_list(positions, cell, flags, SPACING, dtype, device)
 
@@ -101,7 +102,7 @@ def test_arithmetic_near_the_origin(flags, dtype, device):
 @of_kinds("open", "wire", "slab")
 def test_extent_of_atoms_that_lie_far_apart(flags, dtype, device):
     """Two pieces, 10^5 Å apart along an open axis: the box test rounds distances from the grid's origin."""
-    for seed in range(6):
+    for seed in seeds(6):
         positions, cell = lattice(flags, seed, on_open=4)
         away = 1e5 * rotation(seed)[flags.index(False)]
         assert_list(torch.cat([positions, positions + away]), cell, flags, SPACING, dtype, device)
@@ -110,7 +111,7 @@ def test_extent_of_atoms_that_lie_far_apart(flags, dtype, device):
 @of_kinds("wire", "slab", "periodic")
 def test_translations_of_atoms_many_cells_apart(flags, dtype, device):
     """T: S @ h and r_j - r_i are as long as the way between the atoms, and cancel."""
-    for seed in range(6):
+    for seed in seeds(6):
         positions, cell = lattice(flags, seed, on_open=4)
         cells = torch.randint(-2000, 2001, positions.shape, generator=generator(seed)).double()
         assert_list(positions + (cells * torch.tensor(flags)) @ cell, cell, flags, SPACING, dtype, device)
@@ -155,7 +156,7 @@ def test_atoms_in_a_plane_but_for_next_to_nothing(flags, thickness, device):
 @pytest.mark.parametrize("offset", [1e7, 1e11])
 def test_filing_far_from_the_cell(flags, offset, device):
     """W and q come from the whole position: in float64 nothing else is rounded as much."""
-    for seed in range(6):
+    for seed in seeds(6):
         positions, cell = lattice(flags, seed, on_open=3)
         offset_vector = offset * direction(200 + seed)
         assert_list(positions + offset_vector, cell, flags, SPACING, torch.float64, device)
@@ -165,7 +166,7 @@ def test_filing_far_from_the_cell(flags, offset, device):
 def test_filing_of_a_skewed_slab_far_along_its_open_axis(offset, device):
     """kappa: vectors that lean over by 20 cells amplify the rounding of the distance from the slab."""
     flags = KINDS["slab"]
-    for seed in range(6):
+    for seed in seeds(6):
         positions, cell = lattice(flags, seed, on_open=3)
         cell[2] += 20.0 * cell[0]
         assert_list(positions + offset * rotation(seed)[1], cell, flags, SPACING, torch.float64, device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_equal_bits, assert_same_bits
-from conftest import EMULATED
+from conftest import SLOW
 from systems import SYSTEMS
 from walks import npt_walk
 
@@ -88,7 +88,7 @@ def test_tangents_of_padding_are_zero(device, dtype):
     assert tangent[:count].abs().max() > 0 and (tangent[count:] == 0).all()
 
 
-@pytest.mark.parametrize("steps", [100 if EMULATED else 2_000])
+@pytest.mark.parametrize("steps", [100 if SLOW else 2_000])
 def test_a_walk_at_constant_pressure(steps, device, dtype):
     layer = diffnl.NeighborList(5.0, capacity=4_000)
     most = 0

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from compare import assert_close_sums, assert_equal_bits, assert_same_bits
-from conftest import EMULATED
+from conftest import EMULATED, SLOW
 from systems import SYSTEMS, TRICLINIC, cubic, scatter, tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from walks import npt_walk
@@ -35,7 +35,7 @@ def assert_counts(layer, searched, reused):
 @pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
 def test_a_walk_at_constant_pressure(full, device, dtype):
     """Triclinic cells that breathe, mixed pbc, a batch of 5, atoms that leave their cells."""
-    steps = 150 if EMULATED else 2_000
+    steps = 150 if SLOW else 2_000
     layer = diffnl.NeighborList(CUTOFF, skin=1.0, full=full)
     for positions, cell, pbc, system_idx in npt_walk(steps, dtype, device):
         found = layer(positions, cell, pbc, system_idx)
@@ -45,7 +45,7 @@ def test_a_walk_at_constant_pressure(full, device, dtype):
 
 
 def test_a_walk_with_a_capacity(device, dtype):
-    steps = 150 if EMULATED else 2_000
+    steps = 150 if SLOW else 2_000
     layer = diffnl.NeighborList(CUTOFF, skin=1.0, capacity=2_000)
     for positions, cell, pbc, system_idx in npt_walk(steps, dtype, device):
         padded = layer(positions, cell, pbc, system_idx).check()
