@@ -136,7 +136,7 @@ class Toolchain:
     def make_device_libraries(self) -> None:
         """A folder of links to Debian's device libraries, with the files for newer architectures added.
 
-        What is missing for an architecture is one constant, its number.
+        What is missing for an architecture is one constant, its number, for code objects of any version.
         """
         folder = self.folder / "bitcode"
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,8 @@ class Toolchain:
                 source = bitcode.with_suffix(".cl")
                 source.write_text(f"extern {name};\n{name} = {isa_version(arch)};\n")
                 target = ["-x", "cl", "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-O2", "-emit-llvm"]
-                run(self.tool("clang++"), *target, "-c", source, "-o", bitcode)
+                any_version = ["-Xclang", "-mcode-object-version=none"]
+                run(self.tool("clang++"), *target, *any_version, "-c", source, "-o", bitcode)
 
     def check_headers(self) -> None:
         """Both compilations take the headers of the release asked for. Others may lie where the compiler
