@@ -215,7 +215,7 @@ def device_flags(backend: str) -> list[str]:
             "-Wall",
             "-fvisibility=hidden",
             EXACT,
-            "-mcode-object-version=5",  # the newest that ROCm 6 and 7 both load
+            "-mcode-object-version=5",  # all of ROCm 6 and 7 load it; 6 is for 6.3 on
             f"-DDIFFNL_HEADERS={zlib.crc32(headers)}",
         ]
     return []

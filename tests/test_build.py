@@ -266,7 +266,7 @@ def test_waves_are_those_that_the_kernels_count_on(check_hip):
             check_hip.check_waves({"count": {arch: {**row, "wave": wave}}})
 
 
-def test_code_that_rocm_6_does_not_load_is_noticed(check_hip):
+def test_code_objects_that_are_too_new_are_noticed(check_hip):
     head = "  OS/ABI:                            AMDGPU - HSA\n  ABI Version:                       {}\n"
     check_hip.check_abi(head.format(3), Path("scan.gfx90a.co"))
     with pytest.raises(check_hip.CheckFailed, match=r"scan\.gfx90a\.co is no code object of version 5"):

@@ -4,7 +4,7 @@ The whole HIP flavour of the extension is compiled twice, with HIP 7.1 and clang
 that torch has, and with HIP 5.2 and clang-19 for one of each family (tools/hip_toolchain.py). Then, for both:
 
 1. the registers, LDS and scratch of every kernel on every architecture go to build/hip/resources.md; scratch
-   is an error, and so are waves of another width than csrc/gpu.h says and code that ROCm 6 does not load;
+   is an error, and so are waves of another width than csrc/gpu.h says and code objects that are too new;
 2. the library links (tools/hip_library.py) against the torch of this environment and a stub of torch's HIP
    library with one symbol undefined, torch's call for the current stream, which only a CUDA or ROCm torch
    has; it needs no libamdhip64 by name, and calls nothing that HIP 5.2's runtime lacks;
@@ -107,10 +107,10 @@ def read_resources(toolchain: Toolchain, code: dict) -> dict[str, dict[str, dict
 
 
 def check_abi(notes: str, path: Path) -> None:
-    """Code objects of version 6 are for ROCm 7 alone."""
+    """Code objects of version 6 are for ROCm 6.3 and later."""
     version = re.search(r"ABI Version: +(\d+)", notes)
     if version is None or int(version[1]) != ABI_OF_VERSION_5:
-        raise CheckFailed(f"{path} is no code object of version 5: ROCm 6 would not load it (see setup.py)")
+        raise CheckFailed(f"{path} is no code object of version 5: some of ROCm 6 would not load it")
 
 
 def check_waves(table: dict) -> None:

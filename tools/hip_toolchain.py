@@ -67,8 +67,8 @@ def isa_version(arch: str) -> int:
 
 
 def fetch_headers(rocm: Path) -> None:
-    """Makes `rocm` look like a ROCm installation to a compiler: the headers, and their version where it looks
-    for that. The package around them is large and goes away again."""
+    """Makes `rocm` look like an installation of ROCm to a compiler: the headers, and their version in the
+    file where it looks for that. The package around them is large and is not kept."""
     version = rocm / "share" / "hip" / "version"
     if version.exists():  # it is written last
         return
@@ -86,9 +86,7 @@ def fetch_headers(rocm: Path) -> None:
                     path.write_bytes(archive.read(name))
     header = rocm / "include" / "hip" / "hip_version.h"
     if not header.exists():
-        raise CheckFailed(
-            f"{TRITON} holds no {TRITON_HEADERS}hip/hip_version.h: name a release of it that does"
-        )
+        raise CheckFailed(f"{TRITON} has no {TRITON_HEADERS}hip/hip_version.h: name a release that has")
     numbers = re.findall(r"#define (HIP_VERSION_(?:MAJOR|MINOR|PATCH)) (\d+)", header.read_text())
     version.parent.mkdir(parents=True, exist_ok=True)
     version.write_text("".join(f"{name}={number}\n" for name, number in numbers))
@@ -119,9 +117,9 @@ class Toolchain:
         return f"HIP {self.hip}, clang-{self.clang}"
 
     def prepare(self) -> None:
-        """Everything but a source is there after this; else it says what to install."""
+        """Makes what the compiler needs beside the sources, or says what to install."""
         tools = [self.tool(name) for name in ("clang++", "clang-offload-bundler", "ld.lld", "llvm-readelf")]
-        missing = [name for name in [*tools, "g++", "ldd"] if shutil.which(name) is None]
+        missing = [name for name in [*tools, "gcc", "g++", "ldd", "nm"] if shutil.which(name) is None]
         if not list(Path("/usr/lib").glob("*/amdgcn/bitcode/ocml.bc")):
             missing.append("amdgcn/bitcode/ocml.bc")
         if self.rocm == Path("/usr") and not Path("/usr/include/hip/hip_runtime.h").exists():
@@ -186,19 +184,9 @@ class Toolchain:
     def device(self, source: Path, arch: str, output: Path) -> None:
         """The code object for one architecture, unless it is there, made of the same by the same."""
         own = ["--cuda-device-only", "--no-gpu-bundle-output", f"--offload-arch={arch}"]
-        command = [
-            self.tool("clang++"),
-            *self.hip_flags,
-            *own,
-            *name_of_its_own(source),
-            "-c",
-            source,
-            "-o",
-            output,
-        ]
-        made_of = hashlib.sha256(
-            run(command[0], "--version").encode() + shlex.join(map(str, command)).encode()
-        )
+        command = [self.tool("clang++"), *self.hip_flags, *own, *name_of_its_own(source)]
+        command += ["-c", str(source), "-o", str(output)]
+        made_of = hashlib.sha256((run(command[0], "--version") + shlex.join(command)).encode())
         for path in [source, *sorted(source.parent.glob("*.h"))]:
             made_of.update(path.read_bytes())
         stamp = output.with_name(output.name + ".made_of")
@@ -230,9 +218,8 @@ class Toolchain:
         objects.mkdir(parents=True, exist_ok=True)
         code = {k: {arch: objects / f"{k.stem}.{arch}.co" for arch in self.archs} for k in kernels}
         outputs = {source: objects / f"{source.name}.o" for source in kernels}
-        wait_for(
-            [pool.submit(self.device, k, arch, code[k][arch]) for k in kernels for arch in self.archs], pool
-        )
+        pairs = [(kernel, arch) for kernel in kernels for arch in self.archs]
+        wait_for([pool.submit(self.device, k, arch, code[k][arch]) for k, arch in pairs], pool)
         wait_for([pool.submit(self.host, k, code[k], outputs[k]) for k in kernels], pool)
         return list(outputs.values()), code
 
