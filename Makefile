@@ -62,7 +62,8 @@ asan: $(VENV)/test.installed
 	$(QUICK) $(SANITIZED) PYTHONPATH=build/asan $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) $(ARGS)
 
 # The HIP backend without ROCm and without an AMD GPU: compiles, links, loads, keeps within its registers.
-# Takes Debian's clang-19 and HIP libraries; tools/check_hip.py names the packages if they are missing.
+# With HIP 7.1 and clang-22 for every architecture of torch's ROCm wheels, and with HIP 5.2 and clang-19; names the
+# Debian packages that are missing, and fetches the HIP 7.1 headers once (ARGS="--archs gfx90a": one for HIP 7.1).
 hip: $(VENV)/torch.installed
 	$(BIN)/python tools/check_hip.py $(ARGS)
 

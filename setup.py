@@ -6,7 +6,7 @@ backend too. Environment variables:
 
     DIFFNL_BACKEND        cpu | cuda | hip   use this backend or fail
     TORCH_CUDA_ARCH_LIST  "8.0;9.0+PTX"      NVIDIA architectures (default: CUDA_ARCHS that nvcc knows)
-    PYTORCH_ROCM_ARCH     "gfx90a;gfx1100"   AMD architectures (default: ROCM_ARCHS)
+    PYTORCH_ROCM_ARCH     "gfx90a;gfx1100"   AMD architectures (default: those that torch was built for)
     DIFFNL_SANITIZE       1                  AddressSanitizer and UndefinedBehaviorSanitizer (`make asan`)
 
 For the tests alone (`make hostgpu`) there is a fourth backend: DIFFNL_BACKEND=hostgpu compiles the GPU
@@ -33,7 +33,6 @@ try:
         CppExtension,
         CUDAExtension,
         include_paths,
-        library_paths,
     )
 except ImportError as error:
     sys.exit(
@@ -70,11 +69,22 @@ SOURCES = {
 }
 TOOLKITS = {
     "cuda": ("a CUDA build of torch and the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),
-    "hip": ("a ROCm build of torch and the ROCm toolkit (hipcc; ROCM_HOME names its folder)", "hipcc"),
+    "hip": (
+        "a ROCm build of torch and the ROCm toolkit (ROCM_HOME names its folder, which holds bin/hipcc: "
+        "/opt/rocm, or what `rocm-sdk path --root` prints where pip installed ROCm)",
+        "hipcc",
+    ),
 }
 # What data centres and desks hold today; the last of these that nvcc knows is added as PTX for cards to come.
 CUDA_ARCHS = ["7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-ROCM_ARCHS = ["gfx90a", "gfx942", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201"]
+# What torch's own ROCm wheels are built for.
+ROCM_ARCHS = [
+    *("gfx908", "gfx90a", "gfx942", "gfx950"),
+    *("gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1103", "gfx1150", "gfx1151", "gfx1200", "gfx1201"),
+]
+# HIP's runtime comes through torch's HIP library, which brings the one that torch runs on: a libamdhip64
+# named here could be another. The library is needed though it may define none of the symbols itself.
+HIP_LINK = ["-Wl,--no-as-needed", "-ltorch_hip"]
 
 # The contract's arithmetic, to the bit: no fused multiply-add, no other rounding.
 EXACT = "-ffp-contract=off"
@@ -132,6 +142,14 @@ def nvcc_archs() -> list[str]:
     return [*archs[:-1], f"{archs[-1]}+PTX"]
 
 
+def rocm_archs() -> list[str]:
+    """The architectures that the torch at hand was built for, or ROCM_ARCHS where it does not say."""
+    archs = torch.cuda.get_arch_list() if torch.version.hip else []
+    if torch.version.hip and not archs:  # up to torch 2.12 the list is empty on a machine without a GPU
+        archs = (torch._C._cuda_getArchFlags() or "").split()
+    return list(dict.fromkeys(arch.split(":")[0] for arch in archs)) or ROCM_ARCHS
+
+
 def architectures(backend: str) -> list[str]:
     """The GPU architectures to compile for."""
     if backend not in ("cuda", "hip"):
@@ -139,7 +157,7 @@ def architectures(backend: str) -> list[str]:
     variable = {"cuda": "TORCH_CUDA_ARCH_LIST", "hip": "PYTORCH_ROCM_ARCH"}[backend]
     archs = re.split(r"[;,\s]+", os.environ.get(variable, "").strip(" ;,"))
     if archs == [""]:
-        archs = nvcc_archs() if backend == "cuda" else ROCM_ARCHS
+        archs = nvcc_archs() if backend == "cuda" else rocm_archs()
     # torch makes compiler flags of the variable; without one it would look for a GPU.
     os.environ[variable] = ";".join(archs)
     return archs
@@ -197,6 +215,7 @@ def device_flags(backend: str) -> list[str]:
             "-Wall",
             "-fvisibility=hidden",
             EXACT,
+            "-mcode-object-version=5",  # all of ROCm 6 and 7 load it; 6 is for 6.3 on
             f"-DDIFFNL_HEADERS={zlib.crc32(headers)}",
         ]
     return []
@@ -232,11 +251,8 @@ def extension(backend: str) -> CppExtension:
         kind = CUDAExtension
     if backend == "hip":
         # CUDAExtension would run hipify and leave its output in csrc/. These sources are HIP as they are.
-        toolkit = {
-            "include_dirs": include_paths("cuda"),
-            "library_dirs": library_paths("cuda"),
-            "libraries": ["amdhip64", "torch_hip"],
-        }
+        toolkit = {"include_dirs": include_paths("cuda")}
+        link_args += HIP_LINK
     if backend == "hostgpu":
         sources = [as_cpp(Path(name).name) if name.endswith(".hip") else name for name in sources]
         sources.append("tests/hostgpu/hip/hip_runtime.cpp")  # reads its library's symbols: not stripped

@@ -33,12 +33,14 @@ namespace diffnl {
 #define DIFFNL_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads)
 #endif
 
-// Threads of a wave, known to the compiler: CUDA's warpSize is not.
+// Threads of a wave, known to the compiler, which warpSize is not: CUDA's is a variable, HIP 7's an object. AMD's
+// gfx9 has waves of 64, everything newer and NVIDIA of 32; torch has kernels for nothing older. HIP's compilers
+// take the source once more for the host, where no architecture is defined: what is said there decides nothing.
 __device__ inline constexpr int wave_width() {
-#if defined(DIFFNL_CUDA)
-  return 32;
+#if defined(__GFX9__)
+  return 64;
 #else
-  return warpSize;
+  return 32;
 #endif
 }
 

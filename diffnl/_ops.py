@@ -40,9 +40,10 @@ def _load_library() -> None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
+        what = error.__cause__ or error  # torch 2.13 says that it could not, the cause says why
         raise ImportError(
             f"diffnl's compiled library {library} does not load under torch {torch.__version__} (it "
-            f"needs torch >= 2.10): {error}. Rebuild it: run `pip install --no-build-isolation .` in a "
+            f"needs torch >= 2.10): {what}. Rebuild it: run `pip install --no-build-isolation .` in a "
             "checkout of diffnl."
         ) from error
 

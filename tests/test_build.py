@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,27 @@ def setup(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def check_hip():
-    return load(ROOT / "tools" / "check_hip.py")
+def tools():
+    """The modules of tools/ by name."""
+    pytest.importorskip("setuptools")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def check_hip(tools):
+    return tools("check_hip")
+
+
+@pytest.fixture(scope="module")
+def hip_library(tools):
+    return tools("hip_library")
+
+
+@pytest.fixture(scope="module")
+def hip_toolchain(tools):
+    return tools("hip_toolchain")
 
 
 def pretend(monkeypatch, setup, hip=None, cuda=None, rocm_home=None, cuda_home=None):
@@ -89,7 +109,7 @@ def test_backend_can_be_chosen(setup, monkeypatch, wanted):
     ("wanted", "message"),
     [
         ("cuda", "CUDA_HOME names its folder"),
-        ("hip", "ROCM_HOME names its folder"),
+        ("hip", "ROCM_HOME names its folder.*rocm-sdk path --root"),
         ("gpu", "must be one of"),
     ],
 )
@@ -125,14 +145,33 @@ def test_no_compiler_may_fuse_multiply_and_add(setup, backend):
 
 def test_rocm_architectures(setup, monkeypatch):
     pretend(monkeypatch, setup)
-    default = ["gfx90a", "gfx942", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201"]
-    assert setup.architectures("hip") == default
-    assert os.environ["PYTORCH_ROCM_ARCH"] == ";".join(default)
+    assert setup.architectures("hip") == setup.ROCM_ARCHS, "no torch to ask"
+    assert os.environ["PYTORCH_ROCM_ARCH"] == ";".join(setup.ROCM_ARCHS)
     for given in ("gfx90a;gfx1030", "gfx90a gfx1030", "gfx90a, gfx1030;"):
         monkeypatch.setenv("PYTORCH_ROCM_ARCH", given)
         assert setup.architectures("hip") == ["gfx90a", "gfx1030"]
         assert os.environ["PYTORCH_ROCM_ARCH"] == "gfx90a;gfx1030"
     assert '-DDIFFNL_ARCHS="gfx90a,gfx1030"' in setup.cxx_flags("hip", ["gfx90a", "gfx1030"])
+
+
+@pytest.mark.parametrize("says", ["get_arch_list", "_cuda_getArchFlags"])
+def test_rocm_architectures_are_those_of_torch(setup, monkeypatch, says):
+    """A ROCm torch says what it was built for without a GPU, up to 2.12 by its private name alone."""
+    pretend(monkeypatch, setup, hip="7.1", rocm_home="/rocm")
+    built_for = ["gfx906", "gfx90a:xnack-", "gfx90a:xnack+", "gfx1151"]
+    public = built_for if says == "get_arch_list" else []
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: public)
+    private = None if public else " ".join(built_for)
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: private, raising=False)
+    assert setup.architectures("hip") == ["gfx906", "gfx90a", "gfx1151"]
+    monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx1030")
+    assert setup.architectures("hip") == ["gfx1030"]
+
+
+def test_rocm_architectures_of_a_torch_that_does_not_say(setup, monkeypatch):
+    pretend(monkeypatch, setup, hip="7.1", rocm_home="/rocm")
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: None, raising=False)
+    assert setup.architectures("hip") == setup.ROCM_ARCHS
 
 
 def test_cuda_architectures_are_those_nvcc_knows(setup, monkeypatch, tmp_path):
@@ -152,12 +191,12 @@ def test_cuda_architectures_are_those_nvcc_knows(setup, monkeypatch, tmp_path):
 
 
 def test_hip_build_leaves_the_sources_to_torch_as_they_are(setup, monkeypatch):
-    for name in ("include_paths", "library_paths"):  # there is no ROCm to ask for its folders
-        monkeypatch.setattr(setup, name, lambda kind: [f"/rocm/{kind}"])
+    monkeypatch.setattr(setup, "include_paths", lambda kind: [f"/rocm/{kind}"])  # there is no ROCm to ask
     before = sorted(Path("csrc").iterdir())
     extension = setup.extension("hip")
     assert extension.sources == [f"csrc/{name}" for name in setup.SOURCES["hip"]]
-    assert {"amdhip64", "torch_hip"} <= set(extension.libraries)
+    # HIP's runtime is the one that torch's library brings, not one named at link time.
+    assert "-ltorch_hip" in extension.extra_link_args and "amdhip64" not in extension.libraries
     assert sorted(Path("csrc").iterdir()) == before, "hipify ran over csrc/"
 
 
@@ -174,7 +213,7 @@ def test_hostgpu_does_not_pass_for_the_cpu_backend(setup, monkeypatch):
         setup.extension("hostgpu")
 
 
-# --------------------------------------------------------------------------- tools/check_hip.py
+# ----------------------------------------------------------------- tools/check_hip.py and its parts
 
 # What `llvm-readelf --notes` prints of a code object, shortened.
 KERNEL = """  - .agpr_count:     0
@@ -210,12 +249,28 @@ def test_kernels_are_read_from_a_code_object(check_hip):
 
 
 @pytest.mark.parametrize(("scratch", "dynamic"), [(16, "false"), (0, "true")])
-def test_scratch_fails_on_gfx90a_alone(check_hip, scratch, dynamic):
+def test_scratch_fails_on_every_architecture(check_hip, scratch, dynamic):
     clean = check_hip.parse_notes(notes(("count", 0, "false")))["count"]
     spilled = check_hip.parse_notes(notes(("count", scratch, dynamic)))["count"]
-    check_hip.check_scratch({"count": {"gfx90a": clean, "gfx1100": spilled}})
-    with pytest.raises(check_hip.CheckFailed, match="count on gfx90a"):
-        check_hip.check_scratch({"count": {"gfx90a": spilled, "gfx1100": clean}})
+    check_hip.check_scratch({"count": {"gfx90a": clean, "gfx1100": clean}})
+    for arch, other in [("gfx90a", "gfx1100"), ("gfx1100", "gfx90a")]:
+        with pytest.raises(check_hip.CheckFailed, match=f"count on {arch}"):
+            check_hip.check_scratch({"count": {arch: spilled, other: clean}})
+
+
+def test_waves_are_those_that_the_kernels_count_on(check_hip):
+    row = check_hip.parse_notes(notes(("count", 0, "false")))["count"]
+    check_hip.check_waves({"count": {"gfx908": row, "gfx950": row, "gfx1100": {**row, "wave": 32}}})
+    for arch, wave in [("gfx942", 32), ("gfx1030", 64), ("gfx1201", 64)]:
+        with pytest.raises(check_hip.CheckFailed, match=f"waves of {wave} on {arch}"):
+            check_hip.check_waves({"count": {arch: {**row, "wave": wave}}})
+
+
+def test_code_objects_that_are_too_new_are_noticed(check_hip):
+    head = "  OS/ABI:                            AMDGPU - HSA\n  ABI Version:                       {}\n"
+    check_hip.check_abi(head.format(3), Path("scan.gfx90a.co"))
+    with pytest.raises(check_hip.CheckFailed, match=r"scan\.gfx90a\.co is no code object of version 5"):
+        check_hip.check_abi(head.format(4), Path("scan.gfx90a.co"))
 
 
 def test_resource_table_has_a_row_a_kernel_and_a_column_an_architecture(check_hip):
@@ -239,10 +294,24 @@ def test_kernel_names_are_short(check_hip, demangled, short):
     assert check_hip.short_name(demangled) == (short or "fill<float, (Mode)1>")
 
 
-def test_numbers_of_architectures(check_hip):
+def test_summary_has_a_row_an_architecture(check_hip):
+    row = check_hip.parse_notes(notes(("count", 0, "false")))["count"]
+    table = {
+        "count": {"gfx90a": row, "gfx1100": {**row, "wave": 32}},
+        "fill": {"gfx90a": row, "gfx1100": row},
+    }
+    table["fill"]["gfx90a"] = {**row, "vgprs": 99}
+    rows = [line.strip("| ").split(" | ") for line in check_hip.summary(table).splitlines()[2:]]
+    assert rows == [
+        ["gfx90a", "64", "2", "99", "20", "2048", "0", "1"],
+        ["gfx1100", "32", "2", "38", "20", "2048", "0", "1"],
+    ]
+
+
+def test_numbers_of_architectures(hip_toolchain):
     # The constants of the device libraries that Debian has for these.
     numbers = {"gfx90a": 9010, "gfx942": 9402, "gfx1030": 10300, "gfx1100": 11000, "gfx1201": 12001}
-    assert {arch: check_hip.isa_version(arch) for arch in numbers} == numbers
+    assert {arch: hip_toolchain.isa_version(arch) for arch in numbers} == numbers
 
 
 def test_hipify_leaves_sources_that_find_their_headers(setup, check_hip, tmp_path):
@@ -262,9 +331,73 @@ def test_hipify_over_a_source_of_the_same_name_is_noticed(setup, check_hip, tmp_
         check_hip.hipify(tmp_path, [Path("csrc", name) for name in setup.SOURCES["hip"]])
 
 
-def test_missing_tools_are_named_with_what_to_install(check_hip, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(check_hip.shutil, "which", lambda name: None)
-    assert check_hip.main([]) == 1
-    error = capsys.readouterr().err
-    assert "clang++-19" in error and "apt-get install clang-19" in error
+@pytest.mark.parametrize(("hip", "clang"), [(5, 19), (7, 22)])
+def test_missing_tools_are_named_with_what_to_install(hip_toolchain, monkeypatch, hip, clang):
+    monkeypatch.setattr(hip_toolchain.shutil, "which", lambda name: None)
+    with pytest.raises(hip_toolchain.CheckFailed, match=rf"clang\+\+-{clang}.*apt-get install clang-{clang}"):
+        {5: hip_toolchain.HIP_5, 7: hip_toolchain.HIP_7}[hip].prepare()
+
+
+def test_headers_come_out_of_the_package_that_has_them(hip_toolchain, monkeypatch, tmp_path):
+    """Once: where they are, nothing is fetched. The package itself is not kept."""
+    rocm, fetched = tmp_path / "rocm", []
+
+    def download(*command, **_):
+        assert "pip" in command and hip_toolchain.TRITON in command
+        fetched.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "triton.whl", "w") as wheel:
+            version = (
+                "#define HIP_VERSION_MAJOR 7\n#define HIP_VERSION_MINOR 1\n#define HIP_VERSION_PATCH 25\n"
+            )
+            wheel.writestr(hip_toolchain.TRITON_HEADERS + "hip/hip_version.h", version)
+            wheel.writestr("triton/compiler.py", "")
+
+    monkeypatch.setattr(hip_toolchain, "run", download)
+    for _ in range(2):
+        hip_toolchain.fetch_headers(rocm)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"rocm/include/hip/hip_version.h", "rocm/share/hip/version"} and len(fetched) == 1
+    assert (rocm / "share/hip/version").read_text().splitlines()[0] == "HIP_VERSION_MAJOR=7"
+
+
+def test_headers_of_another_release_are_noticed(hip_toolchain, monkeypatch):
+    found = "#define HIP_VERSION_MINOR 2\n#define HIP_VERSION_MAJOR 5\n"
+    monkeypatch.setattr(hip_toolchain, "run", lambda *command: found)
+    hip_toolchain.HIP_5.check_headers()
+    with pytest.raises(hip_toolchain.CheckFailed, match="the headers are those of HIP 5, not 7"):
+        hip_toolchain.HIP_7.check_headers()
+
+
+NEEDS = """ 0x0000000000000001 (NEEDED)             Shared library: [libc10.so]
+ 0x0000000000000001 (NEEDED)             Shared library: [{}]
+Version needs section '.gnu.version_r' contains 1 entry:
+  0x0010:   Name: {}  Flags: none  Version: 4
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "fits"),
+    [
+        ("libtorch_hip.so", "GLIBC_2.14", True),
+        ("libtorch_hip.so", "hip_4.2", False),
+        ("libamdhip64.so.7", "GLIBC_2.14", False),
+        ("libtorch.so", "GLIBC_2.14", False),
+    ],
+)
+def test_a_library_tied_to_one_rocm_is_noticed(hip_library, library, version, fits):
+    report = NEEDS.format(library, version)
+    if fits:
+        hip_library.check_needs(report, Path("_C.abi3.so"))
+        return
+    with pytest.raises(hip_library.CheckFailed, match="must need libtorch_hip.so, no libamdhip64"):
+        hip_library.check_needs(report, Path("_C.abi3.so"))
+
+
+def test_a_function_that_an_old_runtime_lacks_is_noticed(hip_library, monkeypatch):
+    monkeypatch.setattr(hip_library, "run", lambda *_: "0259b00 T hipGetDevice@@hip_4.2\n")
+    hip_library.check_runtime_has(["hipGetDevice"], Path("libamdhip64.so.5"))
+    with pytest.raises(hip_library.CheckFailed, match="libamdhip64.so.5 lacks hipGetDevicePropertiesR0600"):
+        hip_library.check_runtime_has(
+            ["hipGetDevice", "hipGetDevicePropertiesR0600"], Path("libamdhip64.so.5")
+        )

@@ -217,6 +217,7 @@ def test_import_of_a_library_that_does_not_load_says_what_to_run(tmp_path):
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: ") and "does not load under torch" in last and "pip install" in last
+    assert "too short" in last or "invalid ELF header" in last, "the loader's own words are missing"
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")

@@ -1,255 +1,50 @@
 """Checks the HIP backend on a machine that has neither ROCm nor an AMD GPU (`make hip`).
 
-Debian's clang-19, HIP headers and device libraries compile the whole HIP flavour of the extension, with the
-flags that setup.py and torch give hipcc and g++ on a ROCm torch. Then:
+The whole HIP flavour of the extension is compiled twice, with HIP 7.1 and clang-22 for every architecture
+that torch has, and with HIP 5.2 and clang-19 for one of each family (tools/hip_toolchain.py). Then, for both:
 
-1. the library links against the torch of this environment and libamdhip64 with one symbol undefined, torch's
-   call for the current stream, which only a CUDA or ROCm torch has;
-2. it loads where there is no GPU: the CPU backend works, the GPU one is registered, HIP reports no device,
-   and without the stream call the import fails with advice;
-3. the registers, LDS and scratch of every kernel on every architecture go to build/hip/resources.md, and
-   scratch on gfx90a is an error;
-4. torch's hipify, run over a copy of csrc/ as CUDAExtension runs it, leaves sources that compile.
+1. the registers, LDS and scratch of every kernel on every architecture go to build/hip/resources.md; scratch
+   is an error, and so are waves of another width than csrc/gpu.h says and code objects that are too new;
+2. the library links (tools/hip_library.py) against the torch of this environment and a stub of torch's HIP
+   library with one symbol undefined, torch's call for the current stream, which only a CUDA or ROCm torch
+   has; it needs no libamdhip64 by name, and calls nothing that HIP 5.2's runtime lacks;
+3. it loads where there is no GPU, and the CPU backend works. The one of HIP 7.1 has stand-ins for torch's
+   HIP library and for the libamdhip64 of ROCm 6 and 7: all kernels are registered, and without a symbol or
+   library the import fails with advice. The one of HIP 5.2 has that release's own runtime, which reports no
+   device.
 
-The library is a check, not something to ship: it wants Debian's libamdhip64.so.5.
+And torch's hipify, run over a copy of csrc/ as CUDAExtension runs it, leaves sources that compile.
 """
 
 import argparse
 import contextlib
-import importlib.util
+import dataclasses
 import io
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-OUT = Path("build/hip")
-PACKAGE = OUT / "diffnl"
-LIBRARY = PACKAGE / "_C.abi3.so"
-ARCHS = ["gfx90a", "gfx942", "gfx1100", "gfx1102", "gfx1201"]
-WITHOUT_SCRATCH = {"gfx90a"}
-STREAM_CALL = "aoti_torch_get_current_cuda_stream"
-PACKAGES = "clang-19 clang-tools-19 lld-19 llvm-19 libamdhip64-dev rocm-device-libs g++ libc-bin"
-TOOLS = ["clang++-19", "clang-offload-bundler-19", "ld.lld-19", "llvm-readelf-19", "llvm-cxxfilt-19"]
+from hip_library import check_runtime_has, link, load_with_debian_runtime, load_with_standins
+from hip_toolchain import (
+    HIP_5,
+    HIP_7,
+    OUT,
+    ROOT,
+    CheckFailed,
+    Toolchain,
+    compile_cxx,
+    cxx_command,
+    run,
+    setup_module,
+    wait_for,
+)
 
+# -------------------------------------------------------------------------------------------- resources
 
-class CheckFailed(Exception):
-    """What does not hold, and what to do about it."""
-
-
-def run(*command, **options) -> str:
-    """Standard output of a command that must succeed; what it warned about is passed on."""
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
-    if result.returncode:
-        words = shlex.join(str(part) for part in command)
-        raise CheckFailed(f"exit status {result.returncode} of\n{words}\n{result.stdout}{result.stderr}")
-    sys.stderr.write(result.stderr)
-    return result.stdout
-
-
-def wait_for(jobs: list, pool: ThreadPoolExecutor) -> None:
-    """Until all are done, or one has failed; then the rest need not start."""
-    try:
-        for job in jobs:
-            job.result()
-    except CheckFailed:
-        pool.shutdown(cancel_futures=True)
-        raise
-
-
-# ------------------------------------------------------------------------------------ the toolchain
-
-
-def check_tools() -> None:
-    missing = [tool for tool in [*TOOLS, "g++", "ldd"] if shutil.which(tool) is None]
-    if not Path("/usr/include/hip/hip_runtime.h").exists():
-        missing.append("hip/hip_runtime.h")
-    if not list(Path("/usr/lib").glob("*/amdgcn/bitcode/ocml.bc")):
-        missing.append("amdgcn/bitcode/ocml.bc")
-    if missing:
-        raise CheckFailed(f"not found: {', '.join(missing)}. Debian 12: apt-get install {PACKAGES}")
-
-
-def isa_version(arch: str) -> int:
-    """The number of gfx90a is 9010: thousands major, hundreds minor, and a hexadecimal step."""
-    digits = arch.removeprefix("gfx")
-    return 1000 * int(digits[:-2]) + 100 * int(digits[-2], 16) + int(digits[-1], 16)
-
-
-def device_libraries(archs: list[str]) -> Path:
-    """A folder of links to Debian's device libraries, with the files for newer architectures added.
-
-    What is missing for an architecture is one constant, its number.
-    """
-    folder = OUT / "bitcode"
-    folder.mkdir(parents=True, exist_ok=True)
-    for library in next(Path("/usr/lib").glob("*/amdgcn/bitcode")).glob("*.bc"):
-        link = folder / library.name
-        if not link.exists():
-            link.symlink_to(library)
-    for arch in archs:
-        bitcode = folder / f"oclc_isa_version_{arch.removeprefix('gfx')}.bc"
-        if not bitcode.exists():
-            name = "const __constant int __oclc_ISA_version"
-            source = bitcode.with_suffix(".cl")
-            source.write_text(f"extern {name};\n{name} = {isa_version(arch)};\n")
-            target = ["-x", "cl", "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-O2", "-emit-llvm"]
-            run("clang++-19", *target, "-c", source, "-o", bitcode)
-    return folder
-
-
-class Compiler:
-    """Makes the objects of the HIP flavour, as torch's BuildExtension would under ROCm.
-
-    Except that architectures are compiled one by one, in parallel, and bundled after that; the compiler's
-    driver does the same in one command.
-    """
-
-    def __init__(self, archs: list[str]):
-        from torch.utils import cpp_extension
-
-        spec = importlib.util.spec_from_file_location("diffnl_setup", "setup.py")
-        setup = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(setup)
-        self.archs = archs
-        self.sources = [Path("csrc", name) for name in setup.SOURCES["hip"]]
-        includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-        hip = cpp_extension.COMMON_HIP_FLAGS
-        self.cxx_flags = ["-fPIC", *includes, *hip, *setup.cxx_flags("hip", archs)]
-        # No torch headers here: they need parts of ROCm that Debian lacks, and the kernels include none.
-        self.hip_flags = [
-            *("-x", "hip", "--rocm-path=/usr", f"--rocm-device-lib-path={device_libraries(archs)}"),
-            *("-fno-gpu-rdc", *hip, *cpp_extension.COMMON_HIPCC_FLAGS, *setup.device_flags("hip")),
-        ]
-
-    def cxx(self, source: Path, output: Path) -> None:
-        run("g++", *self.cxx_flags, "-c", source, "-o", output)
-
-    def hip(self, source: Path, output: Path, *flags) -> None:
-        # The halves of a source carry the same name of their own, else they clash with other sources'.
-        name = ["-Xclang", f"-cuid={source.stem}"]
-        run("clang++-19", *self.hip_flags, *name, *flags, "-c", source, "-o", output)
-
-    def device(self, source: Path, arch: str, output: Path) -> None:
-        """The code object for one architecture."""
-        flags = ["--cuda-device-only", "--no-gpu-bundle-output", f"--offload-arch={arch}"]
-        self.hip(source, output, *flags)
-
-    def host(self, source: Path, code: dict[str, Path], output: Path) -> None:
-        """The host object, with a bundle of the code objects `code` (by architecture) inside."""
-        bundle = output.with_suffix(".hipfb")
-        targets = ["host-x86_64-unknown-linux", *(f"hipv4-amdgcn-amd-amdhsa--{arch}" for arch in code)]
-        inputs = [f"-input={path}" for path in ["/dev/null", *code.values()]]
-        how = ["-type=o", "-bundle-align=4096", f"-targets={','.join(targets)}"]
-        run("clang-offload-bundler-19", *how, *inputs, f"-output={bundle}")
-        self.hip(source, output, "--cuda-host-only", "-Xclang", "-fcuda-include-gpubinary", "-Xclang", bundle)
-
-
-# ------------------------------------------------------------------------- 1. compiled and linked
-
-
-def compile_all(compiler: Compiler, pool: ThreadPoolExecutor) -> tuple[list[Path], dict]:
-    """All objects, and the code objects as {source: {architecture: path}}."""
-    objects = OUT / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
-    kernels = [source for source in compiler.sources if source.suffix == ".hip"]
-    code = {k: {arch: objects / f"{k.stem}.{arch}.co" for arch in compiler.archs} for k in kernels}
-    jobs = [pool.submit(compiler.device, k, arch, code[k][arch]) for k in kernels for arch in compiler.archs]
-    outputs = {source: objects / f"{source.name}.o" for source in compiler.sources}
-    jobs += [pool.submit(compiler.cxx, s, outputs[s]) for s in compiler.sources if s not in kernels]
-    wait_for(jobs, pool)
-    wait_for([pool.submit(compiler.host, k, code[k], outputs[k]) for k in kernels], pool)
-    return list(outputs.values()), code
-
-
-def link(objects: list[Path]) -> None:
-    from torch.utils.cpp_extension import library_paths
-
-    PACKAGE.mkdir(parents=True, exist_ok=True)
-    folders = [f"-L{path}" for path in library_paths()]
-    libraries = ["-lc10", "-ltorch", "-ltorch_cpu", "-lamdhip64"]
-    run("g++", "-shared", "-s", *objects, *folders, *libraries, "-o", LIBRARY)
-    for module in Path("diffnl").glob("*.py"):
-        shutil.copy(module, PACKAGE)
-
-    # The loader resolves every symbol against what the library names as its dependencies.
-    search = {**os.environ, "LD_LIBRARY_PATH": ":".join(library_paths())}
-    result = subprocess.run(["ldd", "-r", LIBRARY], capture_output=True, text=True, env=search)
-    report = result.stdout + result.stderr
-    if result.returncode or "not found" in report:
-        raise CheckFailed(f"ldd -r {LIBRARY}:\n{report}")
-    undefined = set(re.findall(r"undefined symbol: (\S+)", report))
-    if undefined != {STREAM_CALL}:
-        raise CheckFailed(
-            f"{LIBRARY} must leave exactly {STREAM_CALL} undefined, and leaves: "
-            f"{', '.join(sorted(undefined)) or 'nothing'}. Anything else is missing from the sources, from "
-            "libamdhip64 or from torch's stable ABI; without this call kernels miss torch's current stream."
-        )
-
-
-# ------------------------------------------------------------------------------ 2. loaded without a GPU
-
-STREAM_STUB = f"""
-#include <cstdlib>
-extern "C" __attribute__((visibility("default"))) int {STREAM_CALL}(int, void**) {{ std::abort(); }}
-"""
-
-USE = """
-import ctypes
-import torch
-import diffnl
-
-assert {folder!r} in diffnl.__file__, diffnl.__file__
-assert diffnl.build_info()["backends"] == ["cpu", "hip"], diffnl.build_info()
-assert diffnl.build_info()["archs"] == {archs!r}, diffnl.build_info()
-operators = {{name for name in torch._C._dispatch_get_all_op_names() if name.startswith("diffnl::")}}
-assert len(operators) > 3, operators
-of_the_cpu = {{"compact_candidates", "merge_candidates", "candidates_margins", "select_candidates"}}
-of_the_cpu |= {{"neighbor_lists"}}
-for name in operators - {{"diffnl::build_info"}}:
-    key = "CPU" if name.removeprefix("diffnl::") in of_the_cpu else "CUDA"
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
-
-count = ctypes.c_int(-1)
-error = ctypes.CDLL("libamdhip64.so.5").hipGetDeviceCount(ctypes.byref(count))
-assert error == 100, f"hipGetDeviceCount returned {{error}}, not hipErrorNoDevice (100)"
-
-positions = torch.rand(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4.0
-cell, pbc = 4.0 * torch.eye(3, dtype=torch.float64)[None], torch.ones(1, 3, dtype=torch.bool)
-mapping, shifts, vectors = torch.ops.diffnl.neighbor_pairs(positions, cell, pbc, None, 3.0, True, True)
-oracle = diffnl.reference.neighbor_pairs(positions, cell[0], True, 3.0)
-assert mapping.shape[1] > 20 and torch.equal(mapping, oracle.mapping) and torch.equal(shifts, oracle.shifts)
-assert torch.equal(vectors, oracle.vectors)
-"""
-
-
-def load(archs: list[str]) -> None:
-    stub = OUT / "stream_stub.so"
-    source = stub.with_suffix(".cpp")
-    source.write_text(STREAM_STUB)
-    run("g++", "-shared", "-fPIC", source, "-o", stub)
-    # No AMD GPU either where there happens to be one.
-    hidden = {**os.environ, "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
-    script = OUT / "use.py"  # beside the package, so that it imports this one
-    script.write_text(USE.format(folder=str(OUT), archs=archs))
-    run(sys.executable, script, env={**hidden, "LD_PRELOAD": str(stub.resolve())})
-    bare = [sys.executable, "-c", "import diffnl"]
-    bare = subprocess.run(bare, capture_output=True, text=True, env=hidden, cwd=OUT)
-    last = (bare.stderr.strip().splitlines() or [""])[-1]
-    if bare.returncode != 1 or not last.startswith("ImportError: ") or STREAM_CALL not in bare.stderr:
-        raise CheckFailed(
-            f"Under a torch without {STREAM_CALL} the import must end in diffnl's ImportError, and ended "
-            f"with exit status {bare.returncode}:\n{bare.stderr}"
-        )
-
-
-# ----------------------------------------------------------------------------------------- 3. resources
-
+ABI_OF_VERSION_5 = 3  # in the head of the file
 FIELDS = {
     "vgprs": "vgpr_count",
     "sgprs": "sgpr_count",
@@ -289,17 +84,19 @@ def short_name(demangled: str) -> str:
     return name
 
 
-def read_resources(code: dict) -> dict[str, dict[str, dict[str, int]]]:
-    """{kernel: {architecture: {field: number}}}."""
+def read_resources(toolchain: Toolchain, code: dict) -> dict[str, dict[str, dict[str, int]]]:
+    """{kernel: {architecture: {field: number}}} of code objects as {source: {architecture: path}}."""
     table = {}
     for source, objects in code.items():
         names = {}
         for arch, path in objects.items():
-            kernels = parse_notes(run("llvm-readelf-19", "--notes", path))
+            notes = run(toolchain.tool("llvm-readelf"), "--file-header", "--notes", path)
+            kernels = parse_notes(notes)
+            check_abi(notes, path)
             if not kernels or (names and set(kernels) != set(names)):
                 raise CheckFailed(f"{path} holds {sorted(kernels)}; expected {sorted(names) or 'kernels'}")
             if not names:
-                lines = run("llvm-cxxfilt-19", *kernels).splitlines()
+                lines = run("c++filt", *kernels).splitlines()
                 names = {mangled: short_name(line) for mangled, line in zip(kernels, lines, strict=True)}
             for mangled, numbers in kernels.items():
                 rows = table.setdefault(names[mangled], {})
@@ -307,6 +104,35 @@ def read_resources(code: dict) -> dict[str, dict[str, dict[str, int]]]:
                     raise CheckFailed(f"two kernels read {names[mangled]} once shortened, one in {source}")
                 rows[arch] = numbers
     return table
+
+
+def check_abi(notes: str, path: Path) -> None:
+    """Code objects of version 6 are for ROCm 6.3 and later."""
+    version = re.search(r"ABI Version: +(\d+)", notes)
+    if version is None or int(version[1]) != ABI_OF_VERSION_5:
+        raise CheckFailed(f"{path} is no code object of version 5: some of ROCm 6 would not load it")
+
+
+def check_waves(table: dict) -> None:
+    """The compiler makes waves of the width that wave_width() in csrc/gpu.h says."""
+    for name, rows in table.items():
+        for arch, r in rows.items():
+            width = 64 if re.fullmatch(r"gfx9..", arch) else 32
+            if r["wave"] != width:
+                raise CheckFailed(f"{name} has waves of {r['wave']} on {arch}; csrc/gpu.h takes {width}")
+
+
+def summary(table: dict) -> str:
+    """Markdown: a row an architecture."""
+    lines = [
+        "| architecture | wave | kernels | most VGPRs | most SGPRs | most LDS | scratch | spilled VGPRs |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for arch in next(iter(table.values())):
+        rows = [of[arch] for of in table.values()]
+        most = [max(r[field] for r in rows) for field in ("vgprs", "sgprs", "lds", "scratch", "vgpr_spills")]
+        lines.append(f"| {arch} | {rows[0]['wave']} | {len(rows)} | {' | '.join(map(str, most))} |")
+    return "\n".join(lines)
 
 
 def resource_table(table: dict) -> str:
@@ -327,7 +153,7 @@ def resource_table(table: dict) -> str:
     rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     legend = (
         "VGPRs / SGPRs / bytes of LDS / bytes of scratch / spilled VGPRs, spilled SGPRs (those into lanes of "
-        "a VGPR), from clang-19:"
+        "a VGPR):"
     )
     return "\n".join([legend, "", *rows, ""])
 
@@ -337,7 +163,7 @@ def check_scratch(table: dict) -> None:
         f"  {name} on {arch}: {r['scratch']} bytes{', and a stack of unknown size' if r['dynamic'] else ''}"
         for name, rows in table.items()
         for arch, r in rows.items()
-        if arch in WITHOUT_SCRATCH and (r["scratch"] or r["dynamic"])
+        if r["scratch"] or r["dynamic"]
     ]
     if guilty:
         raise CheckFailed(
@@ -348,7 +174,7 @@ def check_scratch(table: dict) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------- 4. hipify
+# ----------------------------------------------------------------------------------------------- hipify
 
 
 def hipify(folder: Path, sources: list[Path]) -> dict[Path, Path]:
@@ -376,45 +202,59 @@ def hipify(folder: Path, sources: list[Path]) -> dict[Path, Path]:
     return {source: Path(result[str(folder / source)].hipified_path or folder / source) for source in sources}
 
 
-def check_hipify(compiler: Compiler, pool: ThreadPoolExecutor) -> None:
+def check_hipify(toolchain: Toolchain, sources: list[Path], pool: ThreadPoolExecutor) -> None:
     folder = OUT / "hipify"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree("csrc", folder / "csrc")
-    output = folder / "objects"
-    output.mkdir()
-    rewritten = hipify(folder, compiler.sources)
-    arch = compiler.archs[0]
+    rewritten = hipify(folder, sources)
     jobs = []
-    for source, path in rewritten.items():
-        if source.suffix == ".hip":
-            jobs.append(pool.submit(compiler.device, path, arch, output / f"{path.name}.co"))
-        elif path.name != source.name:  # the others are what has been compiled already
-            jobs.append(pool.submit(compiler.cxx, path, output / f"{path.name}.o"))
+    for path in rewritten.values():
+        if path.suffix == ".hip":
+            jobs.append(pool.submit(toolchain.check_syntax, path))
+        else:
+            jobs.append(pool.submit(run, *cxx_command(path, toolchain.archs), "-fsyntax-only"))
     wait_for(jobs, pool)
     new = sorted(path.name for source, path in rewritten.items() if path.name != source.name)
     print(f"hipify: {len(jobs)} files compile; rewritten: {', '.join(new) or 'none'}")
 
 
+def check(toolchain: Toolchain, cxx: list[Path], archs: list[str], pool: ThreadPoolExecutor) -> str:
+    """All there is to see with one compiler; returns its table of resources.
+
+    `cxx` are the C++ objects, and `archs` the architectures that they were told of."""
+    toolchain.prepare()
+    kernels, code = toolchain.compile([Path("csrc", name) for name in setup_module().KERNELS], pool)
+    table = read_resources(toolchain, code)
+    print(f"{toolchain}\n\n{summary(table)}\n")
+    check_scratch(table)
+    check_waves(table)
+    library = toolchain.folder / "diffnl" / "_C.abi3.so"
+    symbols = link([*cxx, *kernels], library)
+    check_runtime_has(symbols, next(Path("/usr/lib").glob("*/libamdhip64.so.5")))
+    if toolchain.hip == 5:
+        load_with_debian_runtime(library, archs)
+    else:
+        load_with_standins(library, archs, symbols, len(table))
+    size = library.stat().st_size / 1e6
+    print(f"{library} ({size:.1f} MB): links, loads without a GPU; {len(table)} kernels\n", flush=True)
+    return f"## {toolchain}\n\n{summary(table)}\n\n{resource_table(table)}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archs", default=",".join(ARCHS), help="architectures, separated by commas")
+    parser.add_argument("--archs", default=",".join(HIP_7.archs), help="for HIP 7, separated by commas")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
+    archs = options.archs.split(",")
+    newest = dataclasses.replace(HIP_7, archs=tuple(archs))
+    sources = [Path("csrc", name) for name in setup_module().SOURCES["hip"]]
     try:
-        check_tools()
-        compiler = Compiler(options.archs.split(","))
         with ThreadPoolExecutor(options.jobs) as pool:
-            objects, code = compile_all(compiler, pool)
-            table = read_resources(code)
-            report = resource_table(table)
-            (OUT / "resources.md").write_text(report)
-            print(report)
-            link(objects)
-            load(compiler.archs)
-            print(f"{LIBRARY}: links, loads without a GPU, lacks {STREAM_CALL} alone")
-            check_hipify(compiler, pool)
-        check_scratch(table)
+            cxx = compile_cxx([source for source in sources if source.suffix == ".cpp"], archs, pool)
+            tables = [check(toolchain, cxx, archs, pool) for toolchain in (newest, HIP_5)]
+            (OUT / "resources.md").write_text("\n".join(tables))
+            check_hipify(newest, sources, pool)
     except CheckFailed as failure:
         print(f"tools/check_hip.py: {failure}", file=sys.stderr)
         return 1

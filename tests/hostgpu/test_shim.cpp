@@ -14,6 +14,8 @@
 
 namespace {
 
+using hostgpu::kWave;
+
 int failures = 0;
 
 #define CHECK(...)                                                          \
@@ -153,9 +155,9 @@ void test_wave_operations() {
     run(wave_operations, 1, n, leaves, votes.data(), other.data(), below.data(), broadcast.data());
     for (unsigned t = 0; t < n; ++t) {
       if (!there(t)) continue;
-      const unsigned wave = t / warpSize * warpSize;
+      const unsigned wave = t / kWave * kWave;
       uint64_t expected = 0;
-      for (unsigned lane = 0; lane < warpSize; ++lane)
+      for (unsigned lane = 0; lane < kWave; ++lane)
         if (there(wave + lane) && (wave + lane) % 3 == 0) expected |= uint64_t(1) << lane;
       CHECK(votes[t] == expected);
       const unsigned from_below = t % 16 < 3 ? t : t - 3, first = t / 8 * 8 + 2;
@@ -165,6 +167,12 @@ void test_wave_operations() {
     }
   }
 }
+
+// As in HIP 7, so that what does not compile there does not compile here.
+template <const auto& size>
+concept IsConstant = requires { typename std::integral_constant<int, static_cast<int>(size)>; };
+constexpr int kConstant = 0;
+static_assert(IsConstant<kConstant> && !IsConstant<warpSize>);
 
 // A lane that runs ahead must not overwrite what a slower one has yet to read.
 __global__ void many_shuffles(int rounds, int* errors) {
@@ -226,24 +234,24 @@ __global__ void read_neighbour(int distance, int* out) {
   tile[t] = t;
   if (kWait) hostgpu::wave_sync();
   const int from = t + distance;
-  out[t] = from < 0 || from >= warpSize ? from : tile[from];
+  out[t] = from < 0 || from >= kWave ? from : tile[from];
 }
 
 template <bool kWait>
 int wrong_reads(const char* order, int distance) {
   set_order(order);
-  std::vector<int> out(warpSize);
-  run(read_neighbour<kWait>, 1, warpSize, distance, out.data());
+  std::vector<int> out(kWave);
+  run(read_neighbour<kWait>, 1, kWave, distance, out.data());
   int wrong = 0;
-  for (int t = 0; t < warpSize; ++t) wrong += out[t] != t + distance;
+  for (int t = 0; t < kWave; ++t) wrong += out[t] != t + distance;
   return wrong;
 }
 
 void test_races_show() {
-  CHECK(wrong_reads<false>("forward", 1) == warpSize - 1 && wrong_reads<false>("forward", -1) == 0);
-  CHECK(wrong_reads<false>("reverse", -1) == warpSize - 1 && wrong_reads<false>("reverse", 1) == 0);
+  CHECK(wrong_reads<false>("forward", 1) == kWave - 1 && wrong_reads<false>("forward", -1) == 0);
+  CHECK(wrong_reads<false>("reverse", -1) == kWave - 1 && wrong_reads<false>("reverse", 1) == 0);
   const int either = wrong_reads<false>("5", 1);
-  CHECK(0 < either && either < warpSize - 1);
+  CHECK(0 < either && either < kWave - 1);
   for (const char* order : kOrders) CHECK(wrong_reads<true>(order, 1) == 0 && wrong_reads<true>(order, -1) == 0);
 }
 
@@ -373,7 +381,7 @@ __global__ void two_ballots() {
 }
 
 __global__ void barrier_and_wave() {
-  if (blockIdx.x == 1 && threadIdx.x % warpSize == 7)
+  if (blockIdx.x == 1 && threadIdx.x % kWave == 7)
     __syncthreads();
   else
     hostgpu::wave_sync();
@@ -425,8 +433,7 @@ void expect_end(const Doomed& doomed, const std::vector<std::string>& words) {
 }
 
 void test_ends() {
-  const std::string waves =
-      std::to_string(warpSize - 1) + " of the " + std::to_string(warpSize) + " running threads";
+  const std::string waves = std::to_string(kWave - 1) + " of the " + std::to_string(kWave) + " running threads";
   set_order("forward");
   expect_end([] { run(two_barriers, 1, 64); }, {"block 0: thread 5 is at __syncthreads in ", "two_barriers()",
                                                 "while thread 0 waits", "test_shim.cpp:"});
@@ -497,6 +504,6 @@ int main() {
   test_ends();
   set_order("forward");
   print_speed();
-  std::printf("waves of %d: %s\n", warpSize, failures == 0 ? "ok" : "FAILED");
+  std::printf("waves of %d: %s\n", kWave, failures == 0 ? "ok" : "FAILED");
   return failures == 0 ? 0 : 1;
 }

@@ -39,7 +39,7 @@ namespace hostgpu {
 namespace {
 
 constexpr unsigned kMaxThreads = 1024;  // of a block
-constexpr unsigned kMaxWaves = kMaxThreads / warpSize;
+constexpr unsigned kMaxWaves = kMaxThreads / kWave;
 
 [[noreturn]] void fail(const std::string& message) {
   std::fprintf(stderr, "hostgpu: %s\n", message.c_str());
@@ -196,7 +196,7 @@ std::string describe(const char* action, const Site& site) {
                std::to_string(meeting.members) + " running threads of its " + whole + " are";
   };
   add(barrier, "block");
-  for (unsigned w = 0; w * warpSize < blockDim.x; ++w) add(waves[w], "wave");
+  for (unsigned w = 0; w * kWave < blockDim.x; ++w) add(waves[w], "wave");
   fail(message);
 }
 
@@ -254,7 +254,7 @@ void work() {
     threads[self].fibre = running;
     threadIdx.x = self;
     launched->call(launched->arguments);
-    for (Meeting* meeting : {&barrier, static_cast<Meeting*>(&waves[self / warpSize])}) {
+    for (Meeting* meeting : {&barrier, static_cast<Meeting*>(&waves[self / kWave])}) {
       --meeting->members;
       release_if_complete(*meeting);
     }
@@ -294,8 +294,8 @@ void run_block(const Launch& launch, unsigned block) {
   blockDim = launch.block;
   blockIdx.x = block;
   barrier.reset(launch.threads.data(), size);
-  for (unsigned t = 0; t < size; t += warpSize)
-    waves[t / warpSize].reset(launch.threads_by_wave.data() + t, std::min(size - t, unsigned(warpSize)));
+  for (unsigned t = 0; t < size; t += kWave)
+    waves[t / kWave].reset(launch.threads_by_wave.data() + t, std::min(size - t, unsigned(kWave)));
   std::fill_n(threads, size, Thread{});
   std::copy(launch.threads.begin(), launch.threads.end(), ready);
   first_ready = 0;
@@ -367,8 +367,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*
       launch.threads = order(block.x, b + 1);
       launch.threads_by_wave.resize(block.x);
       unsigned lanes[kMaxWaves] = {};
-      for (unsigned t : launch.threads)
-        launch.threads_by_wave[t / warpSize * warpSize + lanes[t / warpSize]++] = t;
+      for (unsigned t : launch.threads) launch.threads_by_wave[t / kWave * kWave + lanes[t / kWave]++] = t;
     }
     const Turn turn;
     run_block(launch, b);
@@ -376,8 +375,8 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*
 }
 
 const Exchange& exchange(uint64_t value, const char* action, const Site& site) {
-  Wave& wave = waves[threadIdx.x / warpSize];
-  const unsigned lane = threadIdx.x % warpSize;
+  Wave& wave = waves[threadIdx.x / kWave];
+  const unsigned lane = threadIdx.x % kWave;
   Exchange& now = wave.exchange[wave.held % 2];
   if (wave.arrived == 0) now.present = now.votes = 0;
   now.present |= uint64_t(1) << lane;
@@ -403,9 +402,9 @@ bool fails(const char* what) {
 }
 
 int group(int width, const Site& site) {
-  if (width < 1 || width > warpSize || (width & (width - 1)) != 0)
+  if (width < 1 || width > kWave || (width & (width - 1)) != 0)
     fail(describe("shuffle", site) + " over a width of " + std::to_string(width));
-  return static_cast<int>(threadIdx.x) % warpSize & ~(width - 1);
+  return static_cast<int>(threadIdx.x) % kWave & ~(width - 1);
 }
 
 }  // namespace hostgpu

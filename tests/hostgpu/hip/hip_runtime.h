@@ -50,7 +50,16 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
-constexpr int warpSize = DIFFNL_WAVE;
+
+// An object, as in HIP 7: its value is not a constant expression.
+inline const struct {
+  operator int() const noexcept { return DIFFNL_WAVE; }
+} warpSize{};
+
+// What the compiler defines for the architectures with this wave.
+#if DIFFNL_WAVE == 64
+#define __GFX9__ 1
+#endif
 
 using hipStream_t = struct ihipStream_t*;
 using hipEvent_t = struct ihipEvent_t*;
@@ -70,12 +79,13 @@ enum { hipEventDisableTiming = 2 };
 
 namespace hostgpu {
 
+constexpr int kWave = DIFFNL_WAVE;  // lanes
 using Site = std::source_location;  // of a call; it arrives as a default argument
 
 // What the lanes of a wave tell each other.
 struct Exchange {
   uint64_t present, votes;  // bit l: lane l takes part; its value is not zero
-  uint64_t value[warpSize];
+  uint64_t value[kWave];
 };
 
 // Returns when all lanes of the wave that have not returned have called it; good until the caller's next call.
@@ -122,20 +132,21 @@ inline unsigned long long __ballot(int predicate, hostgpu::Site site = hostgpu::
 }
 
 template <typename T>
-T __shfl(T value, int lane, int width = warpSize, hostgpu::Site site = hostgpu::Site::current()) {
+T __shfl(T value, int lane, int width = hostgpu::kWave, hostgpu::Site site = hostgpu::Site::current()) {
   return hostgpu::shuffle(value, hostgpu::group(width, site) + (lane & (width - 1)), "__shfl", site);
 }
 
 // Where there is no lane to read from, both return the own value.
 template <typename T>
-T __shfl_up(T value, unsigned distance, int width = warpSize, hostgpu::Site site = hostgpu::Site::current()) {
-  const int self = static_cast<int>(threadIdx.x) % warpSize, from = self - static_cast<int>(distance);
+T __shfl_up(T value, unsigned distance, int width = hostgpu::kWave,
+            hostgpu::Site site = hostgpu::Site::current()) {
+  const int self = static_cast<int>(threadIdx.x) % hostgpu::kWave, from = self - static_cast<int>(distance);
   return hostgpu::shuffle(value, from < hostgpu::group(width, site) ? self : from, "__shfl_up", site);
 }
 
 template <typename T>
-T __shfl_xor(T value, int mask, int width = warpSize, hostgpu::Site site = hostgpu::Site::current()) {
-  const int self = static_cast<int>(threadIdx.x) % warpSize, from = self ^ mask;
+T __shfl_xor(T value, int mask, int width = hostgpu::kWave, hostgpu::Site site = hostgpu::Site::current()) {
+  const int self = static_cast<int>(threadIdx.x) % hostgpu::kWave, from = self ^ mask;
   return hostgpu::shuffle(value, from < hostgpu::group(width, site) + width ? from : self, "__shfl_xor", site);
 }
 
