@@ -137,7 +137,7 @@ always:
 .PRECIOUS: .venv-adapters-%/installed
 
 clean:
-	rm -rf build dist *.egg-info diffnl/_C*.so .venv-adapters-*
+	rm -rf build dist *.egg-info diffnl/_*.so .venv-adapters-*
 
 # ------------------------------------------------------------------------------- environments
 

@@ -2,6 +2,16 @@
 
 #include "gpu.h"
 #include "neighbors_gpu.h"
+#include "part.h"
+
+// What compiled the kernels.
+#if defined(DIFFNL_CUDA)
+DIFFNL_NOTE(diffnl_toolkit,
+            "diffnl toolkit;CUDA " DIFFNL_TEXT(__CUDACC_VER_MAJOR__) "." DIFFNL_TEXT(__CUDACC_VER_MINOR__))
+#elif !defined(DIFFNL_HOSTGPU)
+DIFFNL_NOTE(diffnl_toolkit,
+            "diffnl toolkit;HIP " DIFFNL_TEXT(HIP_VERSION_MAJOR) "." DIFFNL_TEXT(HIP_VERSION_MINOR))
+#endif
 
 namespace diffnl {
 
