@@ -306,6 +306,11 @@ class Build(BuildExtension):
 
     def build_extensions(self) -> None:
         extensions = self.extensions
+        # An earlier build may have left a library that is not wanted now, and a wheel would take it along.
+        kept = {Path(self.get_ext_fullpath(it.name)).name for it in extensions}
+        for library in Path(self.build_lib, "diffnl").glob("_*.so"):
+            if library.name not in kept:
+                library.unlink()
         self.extensions = [it for it in extensions if it.sources != [str(READY_HIP)]]
         cpp_extension.CUDA_HOME = cuda_home()
         super().build_extensions()

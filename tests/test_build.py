@@ -7,6 +7,9 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -231,6 +234,50 @@ def test_hostgpu_does_not_pass_for_the_cpu_backend(setup, monkeypatch):
     monkeypatch.setenv("DIFFNL_WAVE", "48")
     with pytest.raises(SystemExit, match="DIFFNL_WAVE must be 32 or 64"):
         setup.extension("hostgpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "stays"),
+    [
+        ("2.11.0+rocm7.0", True),
+        ("2.10.0+cu126", True),
+        ("2.10.0a0+b558c98.nv25.11", True),
+        ("2.9.1+cu128", False),
+    ],
+)
+def test_pip_leaves_the_torch_that_is_there(tmp_path, version, stays):
+    """pip itself decides, offered a newer torch as PyPI offers one."""
+    pytest.importorskip("pip")
+    installed = tmp_path / "installed" / f"torch-{version}.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    offered = tmp_path / "offered" / "torch-9.9.0-py3-none-any.whl"
+    offered.parent.mkdir()
+    with zipfile.ZipFile(offered, "w") as wheel:
+        info = "torch-9.9.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 9.9.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    dependency = re.search(r'^dependencies = \["(.+)"\]', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-index",
+        "--find-links",
+        offered.parent,
+    ]
+    done = subprocess.run(
+        [*command, dependency],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(installed.parent), "PIP_CONFIG_FILE": os.devnull},
+    )
+    assert ("Would install torch-9.9.0" in done.stdout) == (not stays), done.stdout
 
 
 # --------------------------------------------------------------------------- tools/check_hip.py
