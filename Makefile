@@ -136,7 +136,7 @@ wheel: $(VENV)/wheel.installed
 	rm -rf build/wheel dist/*.whl
 	LDFLAGS="$$($(BIN)/python tools/old_glibc.py build/old_glibc) $(LDFLAGS)" \
 	    $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel -q repair --plat auto --only-plat -w dist \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist \
 	    --exclude 'libc10*' --exclude 'libtorch*' --exclude 'libamdhip64*' --exclude 'libcuda*' build/wheel/*.whl
 	@ls -l dist/*.whl
 

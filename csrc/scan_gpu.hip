@@ -4,10 +4,9 @@
 #include "neighbors_gpu.h"
 #include "part.h"
 
-// What compiled the kernels.
+// Whose headers and runtime the kernels were compiled with.
 #if defined(DIFFNL_CUDA)
-DIFFNL_NOTE(diffnl_toolkit,
-            "diffnl toolkit;CUDA " DIFFNL_TEXT(__CUDACC_VER_MAJOR__) "." DIFFNL_TEXT(__CUDACC_VER_MINOR__))
+DIFFNL_NOTE(diffnl_toolkit, "diffnl toolkit;CUDA " DIFFNL_TEXT(CUDART_VERSION))
 #elif !defined(DIFFNL_HOSTGPU)
 DIFFNL_NOTE(diffnl_toolkit,
             "diffnl toolkit;HIP " DIFFNL_TEXT(HIP_VERSION_MAJOR) "." DIFFNL_TEXT(HIP_VERSION_MINOR))

@@ -55,8 +55,20 @@ def describe(path: str, backend: str) -> Part:
     if len(part) != 4:
         return Part(backend, path)
     backend, archs, built_with, schemas = part
-    archs = archs.split(",") if archs else []
-    return Part(backend, path, archs, toolkit[0] if toolkit else None, built_with, schemas)
+    return Part(
+        backend,
+        path,
+        archs=archs.split(",") if archs else [],
+        toolkit=_release(toolkit[0]) if toolkit else None,
+        torch=built_with,
+        schemas=schemas,
+    )
+
+
+def _release(toolkit: str) -> str:
+    """CUDA 13.0 for CUDA 13000, as CUDA counts; others are written as they are."""
+    number = toolkit.removeprefix("CUDA ")
+    return f"CUDA {int(number) // 1000}.{int(number) % 1000 // 10}" if number.isdigit() else toolkit
 
 
 # ------------------------------------------------------------------------------------------ loading

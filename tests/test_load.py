@@ -59,7 +59,7 @@ def stand_in(package, backend, schemas=_load.CORE.schemas, use=""):
     """Puts diffnl/_{backend}.abi3.so there; loading it is told on standard output."""
     texts = {
         "diffnl_part": f"diffnl part;{backend};9.0,12.0+PTX;2.11.0;{schemas}",
-        "diffnl_toolkit": "diffnl toolkit;CUDA 12.9",
+        "diffnl_toolkit": "diffnl toolkit;CUDA 12090",
     }
     notes = "".join(f'[[gnu::used]] const char {name}[] = "{text}";\n' for name, text in texts.items())
     source = package.parent / f"{backend}.cpp"
