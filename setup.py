@@ -1,10 +1,10 @@
-"""Builds diffnl's extension for the torch that is installed.
+"""Builds diffnl's libraries: diffnl/_C.abi3.so with all schemas and the CPU backend, and beside it one for a
+GPU backend, diffnl/_cuda.abi3.so or diffnl/_hip.abi3.so, with kernels alone. diffnl/_load.py loads them.
 
-The backend follows the torch in this environment, never the GPU that happens to be present: a ROCm torch
-means `hip`, a CUDA torch with a CUDA toolkit means `cuda`, anything else `cpu`. A GPU build holds the CPU
-backend too. Environment variables:
+The GPU backend follows the torch in this environment, never the GPU that happens to be present: a ROCm torch
+means `hip`, a CUDA torch with a CUDA toolkit means `cuda`, anything else none. Environment variables:
 
-    DIFFNL_BACKEND        cpu | cuda | hip   use this backend or fail
+    DIFFNL_BACKEND        cpu | cuda | hip   this backend or fail; "cuda,hip" for a wheel with both
     TORCH_CUDA_ARCH_LIST  "8.0;9.0+PTX"      NVIDIA architectures (default: CUDA_ARCHS that nvcc knows)
     PYTORCH_ROCM_ARCH     "gfx90a;gfx1100"   AMD architectures (default: those that torch was built for)
     DIFFNL_SANITIZE       1                  AddressSanitizer and UndefinedBehaviorSanitizer (`make asan`)
@@ -22,16 +22,16 @@ import sys
 import zlib
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 try:
     import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import (
         CUDA_HOME,
         ROCM_HOME,
         BuildExtension,
         CppExtension,
-        CUDAExtension,
         include_paths,
     )
 except ImportError as error:
@@ -62,13 +62,16 @@ CPU = [
 GPU = ["neighbors_gpu.cpp", "skin_gpu.cpp", "ops_gpu.cpp"]
 SOURCES = {
     "cpu": CPU,
-    "cuda": [*CPU, *GPU, "neighbors_nvcc.cu"],  # the .cu includes the kernels
-    "hip": [*CPU, *GPU, *KERNELS],
+    "cuda": [*GPU, "neighbors_nvcc.cu"],  # the .cu includes the kernels
+    "hip": [*GPU, *KERNELS],
     # For the tests: the kernels take the CPU backend's place.
     "hostgpu": ["ops.cpp", *GPU, *KERNELS],
 }
+LIBRARIES = {"cpu": "_C", "cuda": "_cuda", "hip": "_hip", "hostgpu": "_C"}
+# The HIP library that `make hip` has built, for a wheel made where there is no ROCm.
+READY_HIP = Path("build/hip/diffnl/_hip.abi3.so")
 TOOLKITS = {
-    "cuda": ("a CUDA build of torch and the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),
+    "cuda": ("the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),
     "hip": (
         "a ROCm build of torch and the ROCm toolkit (ROCM_HOME names its folder, which holds bin/hipcc: "
         "/opt/rocm, or what `rocm-sdk path --root` prints where pip installed ROCm)",
@@ -91,35 +94,54 @@ EXACT = "-ffp-contract=off"
 TORCH_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 
 
+def cuda_home() -> str | None:
+    """The folder of the CUDA toolkit, which torch itself looks for only if it is a CUDA build."""
+    if CUDA_HOME is not None:
+        return CUDA_HOME
+    nvcc = shutil.which("nvcc")
+    beside_nvcc = str(Path(nvcc).resolve().parents[1]) if nvcc else ""
+    # An nvcc on the PATH may be a script that calls another. Beside the real one there is nvvm.
+    folders = [os.environ.get("CUDA_HOME", ""), beside_nvcc, "/usr/local/cuda"]
+    return next((home for home in folders if home and Path(home, "nvvm").exists()), None)
+
+
 def has_toolkit(backend: str) -> bool:
-    """Whether torch was built for `backend` and its compiler can be found."""
-    if backend in ("cpu", "hostgpu"):
-        return True
-    version, home = {
-        "cuda": (torch.version.cuda, CUDA_HOME),
-        "hip": (torch.version.hip, ROCM_HOME),
-    }[backend]
-    return version is not None and home is not None
+    """Whether `backend` can be compiled here. The CUDA library takes of a CUDA torch only headers, which
+    all builds of torch share; torch runs HIP's compiler only if it is a ROCm build."""
+    if backend == "cuda":
+        return torch.version.hip is None and cuda_home() is not None
+    return backend != "hip" or (torch.version.hip is not None and ROCM_HOME is not None)
 
 
-def choose_backend() -> str:
-    """The backend to build: DIFFNL_BACKEND if set, otherwise what torch was built for."""
-    wanted = os.environ.get("DIFFNL_BACKEND", "")
-    if wanted and wanted not in BACKENDS:
-        sys.exit(f"DIFFNL_BACKEND must be one of {', '.join(BACKENDS)}; got {wanted!r}.")
-    if wanted and not has_toolkit(wanted):
-        sys.exit(
-            f"DIFFNL_BACKEND={wanted} needs {TOOLKITS[wanted][0]}. Here torch is {torch.__version__} and "
-            f"{TOOLKITS[wanted][1]} is {'found' if shutil.which(TOOLKITS[wanted][1]) else 'not found'}."
-        )
-    if wanted:
+def choose_backends() -> list[str]:
+    """The backends to build, a library each: DIFFNL_BACKEND's if set, otherwise what torch was built for."""
+    variable = os.environ.get("DIFFNL_BACKEND", "")
+    wanted = [name for name in re.split(r"[;,\s]+", variable) if name]
+    unknown = [name for name in wanted if name not in BACKENDS]
+    if unknown or ("hostgpu" in wanted and len(wanted) > 1):
+        sys.exit(f"DIFFNL_BACKEND must be one of {', '.join(BACKENDS)}, or cuda,hip; got {variable!r}.")
+    if wanted == ["hostgpu"]:
         return wanted
+    for backend in wanted:
+        if not has_toolkit(backend) and not is_ready(backend):
+            needs, compiler = TOOLKITS[backend]
+            sys.exit(
+                f"DIFFNL_BACKEND={backend} needs {needs}. Here torch is {torch.__version__} and "
+                f"{compiler} is {'found' if shutil.which(compiler) else 'not found'}."
+            )
+    if wanted:
+        return ["cpu", *(backend for backend in ("cuda", "hip") if backend in wanted)]
     for backend, version in (("hip", torch.version.hip), ("cuda", torch.version.cuda)):
-        if has_toolkit(backend):
-            return backend
+        if version is not None and has_toolkit(backend):
+            return ["cpu", backend]
         if version is not None:
             print(f"diffnl: CPU backend only; {backend} needs {TOOLKITS[backend][0]}.", file=sys.stderr)
-    return "cpu"
+    return ["cpu"]
+
+
+def is_ready(backend: str) -> bool:
+    """Whether the library is taken as it is, because nothing here could compile it."""
+    return backend == "hip" and not has_toolkit("hip") and READY_HIP.exists()
 
 
 def check_compiler() -> None:
@@ -134,7 +156,7 @@ def check_compiler() -> None:
 
 def nvcc_archs() -> list[str]:
     """Those of CUDA_ARCHS that the nvcc at hand can compile for, the last one as PTX too."""
-    nvcc = str(Path(CUDA_HOME, "bin", "nvcc"))
+    nvcc = str(Path(cuda_home(), "bin", "nvcc"))
     known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
     archs = [arch for arch in CUDA_ARCHS if f"sm_{arch.replace('.', '')}" in known]
     if not archs:
@@ -148,6 +170,14 @@ def rocm_archs() -> list[str]:
     if torch.version.hip and not archs:  # up to torch 2.12 the list is empty on a machine without a GPU
         archs = (torch._C._cuda_getArchFlags() or "").split()
     return list(dict.fromkeys(arch.split(":")[0] for arch in archs)) or ROCM_ARCHS
+
+
+def compression() -> list[str]:
+    """Machine code takes a fifth of the room with the slower of nvcc's compressions, which came with 12.8."""
+    told = subprocess.check_output([str(Path(cuda_home(), "bin", "nvcc")), "--version"], text=True)
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    new = release is not None and (int(release[1]), int(release[2])) >= (12, 8)
+    return ["--compress-mode=size"] if new else []
 
 
 def architectures(backend: str) -> list[str]:
@@ -165,7 +195,6 @@ def architectures(backend: str) -> list[str]:
 
 def cxx_flags(backend: str, archs: list[str]) -> list[str]:
     """Flags of the C++ compiler."""
-    names = {"cpu": "cpu", "cuda": "cpu,cuda", "hip": "cpu,hip", "hostgpu": "hostgpu"}
     flags = [
         "-std=c++20",
         "-O3",
@@ -176,9 +205,11 @@ def cxx_flags(backend: str, archs: list[str]) -> list[str]:
         "-fno-math-errno",
         "-Wno-psabi",  # vectors of four doubles stay inside one file
         *TORCH_ABI,
-        f'-DDIFFNL_BACKENDS="{names[backend]}"',
+        # What csrc/part.h tells of the library. Parts that differ in the schemas do not go together.
+        f'-DDIFFNL_BACKEND="{backend}"',
         f'-DDIFFNL_TORCH="{torch.__version__}"',
         f'-DDIFFNL_ARCHS="{",".join(archs)}"',
+        f'-DDIFFNL_SCHEMAS="{zlib.crc32(Path("csrc/ops.cpp").read_bytes()):08x}"',
     ]
     if backend in ("cuda", "hip"):
         # torch's header declares the call for the current stream under USE_CUDA, ROCm's included.
@@ -234,21 +265,40 @@ def as_cpp(kernel: str) -> str:
     return str(wrapper)
 
 
-def extension(backend: str) -> CppExtension:
-    """The shared library diffnl/_C.abi3.so for `backend`."""
+def static_cudart() -> list[str]:
+    """Flags for the linker. With CUDA's runtime inside, the library loads under a torch of any CUDA version:
+    it needs the driver alone. The runtime's names stay inside, or torch's would answer to them."""
+    home = Path(cuda_home())
+    folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
+    folder = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
+    if folder is None:
+        sys.exit(f"diffnl links CUDA's static runtime, and there is no libcudart_static.a in {folders[0]}.")
+    inside = ["-lcudart_static", "-Wl,--exclude-libs,libcudart_static.a"]
+    return [f"-L{folder}", *inside, "-ldl", "-lrt", "-lpthread"]
+
+
+def extension(backend: str) -> Extension:
+    """The shared library for `backend`."""
+    name = f"diffnl.{LIBRARIES[backend]}"
+    if is_ready(backend):
+        return Extension(name, [str(READY_HIP)], py_limited_api=True)
     sources = [f"csrc/{name}" for name in SOURCES[backend]]
     depends = [str(path) for path in sorted(Path("csrc").iterdir())]
     compile_args = {"cxx": cxx_flags(backend, architectures(backend)), "nvcc": device_flags(backend)}
-    link_args = []
+    if backend == "cuda":
+        compile_args["nvcc"] += compression()
+    link_args, toolkit = [], {}
     if os.environ.get("DIFFNL_SANITIZE", "0") == "1":
         flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         compile_args["cxx"] += [*flags, "-fno-omit-frame-pointer", "-O1", "-g", "-DDIFFNL_SANITIZE"]
         link_args += flags
     elif platform.system() == "Linux" and backend != "hostgpu":
         link_args += ["-s"]
-    kind, toolkit = CppExtension, {}
     if backend == "cuda":
-        kind = CUDAExtension
+        # Not CUDAExtension, which would tie the library to torch_cuda, c10_cuda and a shared runtime. torch's
+        # call for the current stream is found through libtorch, which in a CUDA torch needs libtorch_cuda:
+        # the library must keep it, though it uses no symbol of libtorch itself.
+        link_args += [*static_cudart(), "-Wl,--no-as-needed", "-ltorch"]
     if backend == "hip":
         # CUDAExtension would run hipify and leave its output in csrc/. These sources are HIP as they are.
         toolkit = {"include_dirs": include_paths("cuda")}
@@ -256,8 +306,8 @@ def extension(backend: str) -> CppExtension:
     if backend == "hostgpu":
         sources = [as_cpp(Path(name).name) if name.endswith(".hip") else name for name in sources]
         sources.append("tests/hostgpu/hip/hip_runtime.cpp")  # reads its library's symbols: not stripped
-    return kind(
-        "diffnl._C",
+    return CppExtension(
+        name,
         sources,
         depends=depends,
         extra_compile_args=compile_args,
@@ -267,10 +317,31 @@ def extension(backend: str) -> CppExtension:
     )
 
 
+class Build(BuildExtension):
+    """torch's, for libraries of which one may be ready."""
+
+    def build_extensions(self) -> None:
+        extensions = self.extensions
+        # An earlier build may have left a library that is not wanted now, and a wheel would take it along.
+        kept = {Path(self.get_ext_fullpath(it.name)).name for it in extensions}
+        for library in Path(self.build_lib, "diffnl").glob("_*.so"):
+            if library.name not in kept:
+                library.unlink()
+        self.extensions = [it for it in extensions if it.sources != [str(READY_HIP)]]
+        cpp_extension.CUDA_HOME = cuda_home()
+        super().build_extensions()
+        for ready in extensions:
+            if ready not in self.extensions:
+                target = Path(self.get_ext_fullpath(ready.name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(READY_HIP, target)
+        self.extensions = extensions
+
+
 if __name__ == "__main__":
     check_compiler()
     setup(
-        ext_modules=[extension(choose_backend())],
-        cmdclass={"build_ext": BuildExtension},
+        ext_modules=[extension(backend) for backend in choose_backends()],
+        cmdclass={"build_ext": Build},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

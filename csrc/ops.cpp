@@ -1,20 +1,11 @@
-// The operators torch sees: their schemas, in torch's stable ABI. Backends register their side in ops_cpu.cpp and
-// neighbors_gpu.cpp.
+// The operators torch sees: their schemas, in torch's stable ABI. The CPU backend, in the same library, registers
+// its side in ops_cpu.cpp; GPU backends are libraries of their own, see part.h.
 
 #include <torch/csrc/stable/library.h>
 
-#include <string>
+#include "part.h"
 
-namespace diffnl {
-
-namespace {
-
-// "backends;torch the library was built against;GPU architectures", lists separated by commas.
-std::string build_info() { return DIFFNL_BACKENDS ";" DIFFNL_TORCH ";" DIFFNL_ARCHS; }
-
-}  // namespace
-
-}  // namespace diffnl
+DIFFNL_PART
 
 STABLE_TORCH_LIBRARY(diffnl, m) {
   m.def(
@@ -101,9 +92,4 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
   // Sets what this thread may do while it captures a graph, as cudaThreadExchangeStreamCaptureMode does: what has
   // to be there before the first replay is made in the meantime.
   m.def("exchange_capture_mode(Tensor like, int mode) -> int");
-  m.def("build_info() -> str");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(diffnl, CompositeExplicitAutograd, m) {
-  m.impl("build_info", TORCH_BOX(&diffnl::build_info));
 }

@@ -3,6 +3,11 @@
 #include <array>
 
 #include "gpu_tensors.h"
+#include "part.h"
+
+#if !defined(DIFFNL_HOSTGPU)  // whose one library has it in ops.cpp
+DIFFNL_PART
+#endif
 
 namespace diffnl {
 

@@ -2,6 +2,15 @@
 
 #include "gpu.h"
 #include "neighbors_gpu.h"
+#include "part.h"
+
+// Whose headers and runtime the kernels were compiled with.
+#if defined(DIFFNL_CUDA)
+DIFFNL_NOTE(diffnl_toolkit, "diffnl toolkit;CUDA " DIFFNL_TEXT(CUDART_VERSION))
+#elif !defined(DIFFNL_HOSTGPU)
+DIFFNL_NOTE(diffnl_toolkit,
+            "diffnl toolkit;HIP " DIFFNL_TEXT(HIP_VERSION_MAJOR) "." DIFFNL_TEXT(HIP_VERSION_MINOR))
+#endif
 
 namespace diffnl {
 

@@ -2,7 +2,7 @@
 
 from . import _fakes as _fakes
 from . import reference, testing
-from ._ops import build_info, cmake_prefix_path, library_path
+from ._load import build_info, cmake_prefix_path, library_path, library_paths
 from ._version import __version__
 from .neighbors import NeighborList, estimate_capacity, neighbor_pairs, pair_vectors
 from .pairs import PaddedPairs, Pairs
@@ -18,6 +18,7 @@ __all__ = [
     "estimate_capacity",
     "forces_and_stress",
     "library_path",
+    "library_paths",
     "neighbor_pairs",
     "pair_vectors",
     "reference",

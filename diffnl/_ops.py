@@ -1,70 +1,20 @@
-"""The compiled operators: loads the library, turns its errors into Python's.
+"""The compiled operators, whose errors become Python's.
 
 The only file that touches ``torch.ops.diffnl``.
 """
 
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import _validate
+from . import _load, _validate
 from ._torch_compat import below_autograd
-
-_FOLDER = Path(__file__).parent
-
-
-def library_path() -> str:
-    """The compiled library, which registers diffnl's operators with torch when it is loaded.
-
-    For programs without Python: link it (`cmake_prefix_path`) or load it before an exported model runs.
-    """
-    libraries = sorted(_FOLDER.glob("_C*.so"))
-    if not libraries:
-        raise ImportError(
-            f"diffnl's compiled library is missing: there is no _C*.so in {_FOLDER}. Build it against the "
-            "torch of this environment: run `pip install --no-build-isolation .` (or `-e .`) in a checkout "
-            "of diffnl, and import diffnl from outside that checkout if you did not use `-e`."
-        )
-    return str(libraries[0])
-
-
-def cmake_prefix_path() -> str:
-    """What `CMAKE_PREFIX_PATH` needs for `find_package(diffnl)`: the folders of diffnl and of torch."""
-    return f"{_FOLDER};{torch.utils.cmake_prefix_path}"
-
-
-def _load_library() -> None:
-    library = library_path()
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        what = error.__cause__ or error  # torch 2.13 says that it could not, the cause says why
-        raise ImportError(
-            f"diffnl's compiled library {library} does not load under torch {torch.__version__} (it "
-            f"needs torch >= 2.10): {what}. Rebuild it: run `pip install --no-build-isolation .` in a "
-            "checkout of diffnl."
-        ) from error
-
-
-_load_library()
 
 # A forked child has none of its parent's threads, and waits for them for ever where torch asks for more than
 # one, as a square root of 100 numbers does. torch's DataLoader sets one thread in its workers too.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-
-
-def build_info() -> dict:
-    """What the compiled library holds.
-
-    Returns:
-        ``backends``: list of ``"cpu"``, ``"cuda"``, ``"hip"``; ``torch``: version of torch the library was
-        built against (it runs under any torch >= 2.10); ``archs``: GPU architectures, empty for the CPU.
-    """
-    backends, version, archs = torch.ops.diffnl.build_info().split(";")
-    return {"backends": backends.split(","), "torch": version, "archs": archs.split(",") if archs else []}
 
 
 def _call(operator, *args):
@@ -79,6 +29,7 @@ def _call(operator, *args):
         raise _validate.no_backend(*args) from error
     except RuntimeError as error:
         _validate.raise_memory_error(error, args[0])
+        _load.raise_device_error(error, args[0].device)
         raise
 
 
@@ -212,8 +163,8 @@ def select_candidates(
 
 # Where the GPU kernels are: there the backward of a full list takes links, 8 bytes a pair, instead of mapping
 # and shifts. The shim of the tests has them in the CPU backend's place.
-LINKED_DEVICES = {"cuda"} if {"cuda", "hip"} & set(build_info()["backends"]) else set()
-if "hostgpu" in build_info()["backends"]:
+LINKED_DEVICES = {"cuda"} if _load.KERNELS is not None and _load.KERNELS.loaded else set()
+if _load.CORE.backend == "hostgpu":
     LINKED_DEVICES.add("cpu")
 
 

@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-from . import _advice
+from . import _advice, _load
 from ._torch_compat import dispatch_mode_active
 
 FLOATS = (torch.float32, torch.float64)
@@ -377,9 +377,11 @@ def overflow(num_pairs: int, capacity: int) -> ValueError:
 
 def no_backend(*tensors: Tensor | None) -> ValueError:
     devices = sorted({str(t.device) for t in tensors if isinstance(t, Tensor)})
+    on_gpu = any(device.startswith("cuda") for device in devices)
+    advice = f": {_load.no_kernels()}" if on_gpu else ": move them"
     return ValueError(
         "`positions` must be on a device that this build of diffnl has kernels for, see diffnl.build_info(); "
-        f"got tensors on {', '.join(devices)}: move them, or build diffnl against this torch, see its README"
+        f"got tensors on {', '.join(devices)}{advice}"
     )
 
 

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -70,7 +72,7 @@ def pretend(monkeypatch, setup, hip=None, cuda=None, rocm_home=None, cuda_home=N
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(setup, "ROCM_HOME", rocm_home)
-    monkeypatch.setattr(setup, "CUDA_HOME", cuda_home)
+    monkeypatch.setattr(setup, "cuda_home", lambda: cuda_home)
     for name in ("is_available", "device_count", "get_device_capability"):
         monkeypatch.setattr(torch.cuda, name, looked)
 
@@ -92,17 +94,43 @@ def pretend(monkeypatch, setup, hip=None, cuda=None, rocm_home=None, cuda_home=N
 )
 def test_backend_follows_torch_and_its_toolkit(setup, monkeypatch, capsys, there, expected):
     pretend(monkeypatch, setup, **there)
-    assert setup.choose_backend() == expected
+    assert setup.choose_backends() == ["cpu", *({expected} - {"cpu"})]
     # A GPU build of torch that gets a CPU backend is told why.
     gpu_torch = bool({"cuda", "hip"} & set(there))
     assert ("CPU backend only" in capsys.readouterr().err) == (gpu_torch and expected == "cpu")
 
 
-@pytest.mark.parametrize("wanted", ["cpu", "hostgpu"])
-def test_backend_can_be_chosen(setup, monkeypatch, wanted):
-    pretend(monkeypatch, setup, cuda="13.0", cuda_home="/cuda")
+@pytest.mark.parametrize(
+    ("wanted", "there", "expected"),
+    [
+        ("cpu", {"cuda": "13.0", "cuda_home": "/cuda"}, ["cpu"]),
+        ("hostgpu", {"cuda": "13.0", "cuda_home": "/cuda"}, ["hostgpu"]),
+        ("cuda", {"cuda_home": "/cuda"}, ["cpu", "cuda"]),  # with the headers of a torch for CPUs
+        ("hip", {"hip": "7.1", "rocm_home": "/rocm"}, ["cpu", "hip"]),
+    ],
+)
+def test_backend_can_be_chosen(setup, monkeypatch, wanted, there, expected):
+    pretend(monkeypatch, setup, **there)
     monkeypatch.setenv("DIFFNL_BACKEND", wanted)
-    assert setup.choose_backend() == wanted
+    assert setup.choose_backends() == expected
+
+
+def test_a_wheel_takes_the_hip_library_that_is_ready(setup, monkeypatch, tmp_path):
+    """Where there is no ROCm, and several backends go into one wheel."""
+    pretend(monkeypatch, setup, cuda_home="/cuda")
+    monkeypatch.setenv("DIFFNL_BACKEND", "cuda,hip")
+    monkeypatch.setattr(setup, "READY_HIP", tmp_path / "_hip.abi3.so")
+    with pytest.raises(SystemExit, match="DIFFNL_BACKEND=hip needs"):
+        setup.choose_backends()
+    (tmp_path / "_hip.abi3.so").write_bytes(b"ready")
+    assert setup.choose_backends() == ["cpu", "cuda", "hip"]
+    ready = setup.extension("hip")
+    distribution = pytest.importorskip("setuptools").Distribution
+    build = setup.Build(distribution({"name": "diffnl", "ext_modules": [ready]}))
+    build.build_lib, build.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    build.ensure_finalized()
+    build.run()
+    assert (tmp_path / "lib" / "diffnl" / "_hip.abi3.so").read_bytes() == b"ready"
 
 
 @pytest.mark.parametrize(
@@ -111,13 +139,14 @@ def test_backend_can_be_chosen(setup, monkeypatch, wanted):
         ("cuda", "CUDA_HOME names its folder"),
         ("hip", "ROCM_HOME names its folder.*rocm-sdk path --root"),
         ("gpu", "must be one of"),
+        ("cpu,hostgpu", "must be one of"),
     ],
 )
 def test_a_backend_that_cannot_be_built_is_an_error(setup, monkeypatch, wanted, message):
     pretend(monkeypatch, setup)
     monkeypatch.setenv("DIFFNL_BACKEND", wanted)
     with pytest.raises(SystemExit, match=message):
-        setup.choose_backend()
+        setup.choose_backends()
 
 
 def test_every_source_belongs_to_a_backend(setup):
@@ -130,7 +159,8 @@ def test_every_source_belongs_to_a_backend(setup):
     for backend, ours, others in [("cuda", ".cu", ".hip"), ("hip", ".hip", ".cu")]:
         suffixes = {Path(name).suffix for name in setup.SOURCES[backend]}
         assert ours in suffixes and others not in suffixes
-        assert set(setup.SOURCES["cpu"]) < set(setup.SOURCES[backend])
+        # What registers kernels, and no schema.
+        assert not set(setup.SOURCES["cpu"]) & set(setup.SOURCES[backend])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "hip", "hostgpu"])
@@ -190,6 +220,19 @@ def test_cuda_architectures_are_those_nvcc_knows(setup, monkeypatch, tmp_path):
         setup.architectures("cuda")
 
 
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [("12.6", []), ("12.8", ["--compress-mode=size"]), ("13.0", ["--compress-mode=size"])],
+)
+def test_machine_code_is_compressed_where_nvcc_can(setup, monkeypatch, tmp_path, release, expected):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    pretend(monkeypatch, setup, cuda_home=str(tmp_path))
+    assert setup.compression() == expected
+
+
 def test_hip_build_leaves_the_sources_to_torch_as_they_are(setup, monkeypatch):
     monkeypatch.setattr(setup, "include_paths", lambda kind: [f"/rocm/{kind}"])  # there is no ROCm to ask
     before = sorted(Path("csrc").iterdir())
@@ -200,17 +243,79 @@ def test_hip_build_leaves_the_sources_to_torch_as_they_are(setup, monkeypatch):
     assert sorted(Path("csrc").iterdir()) == before, "hipify ran over csrc/"
 
 
+def test_cuda_build_brings_its_runtime(setup, monkeypatch, tmp_path):
+    """And needs libtorch, whatever the linker leaves out by default."""
+    pretend(monkeypatch, setup, cuda_home=str(tmp_path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setattr(setup, "compression", lambda: [])
+    with pytest.raises(SystemExit, match="libcudart_static"):
+        setup.extension("cuda")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libcudart_static.a").touch()
+    extension = setup.extension("cuda")
+    assert extension.name == "diffnl._cuda" and not {"cudart", "torch_cuda", "c10_cuda"} & set(
+        extension.libraries
+    )
+    flags = extension.extra_link_args
+    assert f"-L{tmp_path}/lib" in flags and "-lcudart_static" in flags
+    assert flags.index("-Wl,--no-as-needed") + 1 == flags.index("-ltorch")
+
+
 def test_hostgpu_does_not_pass_for_the_cpu_backend(setup, monkeypatch):
     monkeypatch.setenv("DIFFNL_WAVE", "64")
     extension = setup.extension("hostgpu")
     flags = extension.extra_compile_args["cxx"]
-    assert '-DDIFFNL_BACKENDS="hostgpu"' in flags and "-DDIFFNL_WAVE=64" in flags
+    assert '-DDIFFNL_BACKEND="hostgpu"' in flags and "-DDIFFNL_WAVE=64" in flags
     assert "csrc/ops_cpu.cpp" not in extension.sources, "registers the CPU backend"
     wrappers = [Path(name).read_text() for name in extension.sources if name.startswith("build")]
     assert wrappers == [f'#include "{name}"\n' for name in setup.KERNELS]
     monkeypatch.setenv("DIFFNL_WAVE", "48")
     with pytest.raises(SystemExit, match="DIFFNL_WAVE must be 32 or 64"):
         setup.extension("hostgpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "stays"),
+    [
+        ("2.11.0+rocm7.0", True),
+        ("2.10.0+cu126", True),
+        ("2.10.0a0+b558c98.nv25.11", True),
+        ("2.9.1+cu128", False),
+    ],
+)
+def test_pip_leaves_the_torch_that_is_there(tmp_path, version, stays):
+    """pip itself decides, offered a newer torch as PyPI offers one."""
+    pytest.importorskip("pip")
+    installed = tmp_path / "installed" / f"torch-{version}.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    offered = tmp_path / "offered" / "torch-9.9.0-py3-none-any.whl"
+    offered.parent.mkdir()
+    with zipfile.ZipFile(offered, "w") as wheel:
+        info = "torch-9.9.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 9.9.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    dependency = re.search(r'^dependencies = \["(.+)"\]', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-index",
+        "--find-links",
+        offered.parent,
+    ]
+    done = subprocess.run(
+        [*command, dependency],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(installed.parent), "PIP_CONFIG_FILE": os.devnull},
+    )
+    assert ("Would install torch-9.9.0" in done.stdout) == (not stays), done.stdout
 
 
 # ----------------------------------------------------------------- tools/check_hip.py and its parts

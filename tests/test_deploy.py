@@ -34,7 +34,7 @@ def test_the_library_registers_the_operators_by_itself():
     """In a process that has not imported diffnl."""
     code = (
         f"import torch; torch.ops.load_library({diffnl.library_path()!r}); "
-        "print(torch.ops.diffnl.build_info(), torch.ops.diffnl.neighbor_pairs.default)"
+        "print(torch.ops.diffnl.neighbor_pairs.default)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "diffnl.neighbor_pairs.default" in done.stdout
@@ -54,7 +54,37 @@ def configure(folder, prefix):
 def test_cmake_finds_the_package(tmp_path):
     done = configure(tmp_path, diffnl.cmake_prefix_path())
     assert done.returncode == 0, done.stderr
-    assert f"--no-as-needed,{Path(diffnl.library_path()).resolve()}" in done.stdout.replace("/cmake/..", "")
+    libraries = ",".join(str(Path(path).resolve()) for path in diffnl.library_paths())
+    assert f"--no-as-needed,{libraries},--as-needed" in done.stdout
+
+
+# What the package finds of torch: its own config would find CUDA and more.
+TORCH_CONFIG = """
+set(TORCH_INSTALL_PREFIX "{prefix}")
+set(TORCH_LIBRARIES torch)
+set(Torch_FOUND TRUE)
+"""
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
+@pytest.mark.parametrize("there", ["_cuda.abi3.so", "_hip.abi3.so"])
+def test_cmake_links_the_kernels_for_the_gpus_of_torch(tmp_path, there):
+    """A CUDA torch; a library for it, or for AMD alone."""
+    package = tmp_path / "diffnl"
+    shutil.copytree(Path(diffnl.library_path()).parent / "cmake", package / "cmake")
+    for library in ("_C.abi3.so", there):
+        (package / library).touch()
+    torch_folder = tmp_path / "torch"
+    (torch_folder / "lib").mkdir(parents=True)
+    (torch_folder / "lib" / "libtorch_cuda.so").touch()
+    (torch_folder / "TorchConfig.cmake").write_text(TORCH_CONFIG.format(prefix=torch_folder))
+    project = tmp_path / "project"
+    project.mkdir()
+    done = configure(project, f"{package};{torch_folder}")
+    assert done.returncode == 0, done.stderr
+    expected = f"{package}/_C.abi3.so" + (f",{package}/{there}" if there.startswith("_cuda") else "")
+    assert f"--no-as-needed,{expected},--as-needed" in done.stdout
+    assert ("there is no _cuda*.so" in " ".join(done.stderr.split())) == there.startswith("_hip")
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")

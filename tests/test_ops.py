@@ -26,7 +26,7 @@ NAMES = [
 ]
 LINKED = NAMES[:4]  # those with pairs
 PACKAGE = Path(diffnl.__file__).parent
-LIBRARIES = sorted(PACKAGE.glob("_C*.so"))
+LIBRARIES = sorted(PACKAGE.glob("_*.so"))
 
 
 def search_arguments(name, dtype=torch.float64, device="cpu", full=True, sorted=False):
@@ -181,11 +181,13 @@ def test_a_direct_call_with_a_wrong_tensor_fails_instead_of_reading_elsewhere(br
 
 def test_build_info():
     info = diffnl.build_info()
-    assert set(info) == {"backends", "torch", "archs"}
+    assert set(info) == {"backends", "torch", "archs", "parts"}
     assert info["backends"] in (["cpu"], ["cpu", "cuda"], ["cpu", "hip"], ["hostgpu"])
     assert re.match(r"\d+\.\d+", info["torch"])
     assert isinstance(info["archs"], list)
     assert bool(info["archs"]) == bool({"cuda", "hip"} & set(info["backends"]))
+    assert [part["backend"] for part in info["parts"] if part["loaded"]] == info["backends"]
+    assert all((part["reason"] is None) == part["loaded"] for part in info["parts"])
 
 
 def test_version_is_the_installed_one():
@@ -235,4 +237,20 @@ def test_the_library_needs_no_cpp_symbol_of_torch():
 
 
 def test_the_library_is_not_tied_to_one_python():
-    assert [library.name for library in LIBRARIES] == ["_C.abi3.so"]
+    names = {library.name for library in LIBRARIES}
+    assert {"_C.abi3.so"} <= names <= {"_C.abi3.so", "_cuda.abi3.so", "_hip.abi3.so"}
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf of binutils")
+def test_gpu_libraries_are_tied_to_no_release_of_a_runtime():
+    """They find torch's stream call through its libraries, and a runtime inside or through these too."""
+    libraries = [library for library in LIBRARIES if library.name != "_C.abi3.so"]
+    if not libraries:
+        pytest.skip("no GPU library is here")
+    for library in libraries:
+        result = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True)
+        needed = set(re.findall(r"NEEDED.*\[(.+)\]", result.stdout))
+        assert {"libtorch.so", "libtorch_hip.so"} & needed
+        assert [
+            name for name in needed if re.match(r"lib(cudart|cuda|torch_cuda|c10_cuda|amdhip64)\b", name)
+        ] == []
