@@ -1,25 +1,21 @@
 """Checks the HIP backend on a machine that has neither ROCm nor an AMD GPU (`make hip`).
 
-The whole HIP flavour of the extension is compiled twice, with HIP 7.1 and clang-22 for every architecture
-that torch has, and with HIP 5.2 and clang-19 for one of each family (tools/hip_toolchain.py). Then, for both:
+diffnl's HIP library is compiled twice, with HIP 7.1 and clang-22 for every architecture that torch has, and
+with HIP 5.2 and clang-19 for one of each family (tools/hip_toolchain.py). Then, for both:
 
 1. the registers, LDS and scratch of every kernel on every architecture go to build/hip/resources.md; scratch
    is an error, and so are waves of another width than csrc/gpu.h says and code objects that are too new;
 2. the library links (tools/hip_library.py) against the torch of this environment and a stub of torch's HIP
    library with one symbol undefined, torch's call for the current stream, which only a CUDA or ROCm torch
    has; it needs no libamdhip64 by name, and calls nothing that HIP 5.2's runtime lacks;
-3. it loads where there is no GPU, and the CPU backend works. The one of HIP 7.1 has stand-ins for torch's
+3. it loads where there is no GPU, beside a working CPU backend. The one of HIP 7.1 has stand-ins for torch's
    HIP library and for the libamdhip64 of ROCm 6 and 7: all kernels are registered, and without a symbol or
-   library the import fails with advice. The one of HIP 5.2 has that release's own runtime, which reports no
-   device.
-
-And torch's hipify, run over a copy of csrc/ as CUDAExtension runs it, leaves sources that compile.
+   library the CPU works and the reason is told. The one of HIP 5.2 has that release's own runtime, which
+   reports no device. The one of HIP 7.1 is the one that `make wheel` takes.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import os
 import re
 import shutil
@@ -36,10 +32,8 @@ from hip_toolchain import (
     CheckFailed,
     Toolchain,
     compile_cxx,
-    cxx_command,
     run,
     setup_module,
-    wait_for,
 )
 
 # -------------------------------------------------------------------------------------------- resources
@@ -174,48 +168,12 @@ def check_scratch(table: dict) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------- hipify
-
-
-def hipify(folder: Path, sources: list[Path]) -> dict[Path, Path]:
-    """Runs torch's hipify over `folder` as CUDAExtension does: {source: the file to compile instead}."""
-    from torch.utils.hipify import hipify_python
-
-    folder = folder.resolve()
-    originals = {path: path.read_bytes() for path in (folder / "csrc").iterdir()}
-    # The .cu is not a source of the HIP flavour. Its output is made all the same, to see where it goes.
-    given = [str(folder / source) for source in [*sources, *folder.glob("csrc/*.cu")]]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        result = hipify_python.hipify(
-            project_directory=str(folder),
-            output_directory=str(folder),
-            header_include_dirs=[],
-            includes=[str(folder / "*")],
-            extra_files=given,
-            show_detailed=True,
-            is_pytorch_extension=True,
-            hipify_extra_files_only=True,
-        )
-    changed = [path.name for path, content in originals.items() if path.read_bytes() != content]
-    if changed:
-        raise CheckFailed(f"torch's hipify writes over {', '.join(changed)}: no .cu may be named like a .hip")
-    return {source: Path(result[str(folder / source)].hipified_path or folder / source) for source in sources}
-
-
-def check_hipify(toolchain: Toolchain, sources: list[Path], pool: ThreadPoolExecutor) -> None:
-    folder = OUT / "hipify"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree("csrc", folder / "csrc")
-    rewritten = hipify(folder, sources)
-    jobs = []
-    for path in rewritten.values():
-        if path.suffix == ".hip":
-            jobs.append(pool.submit(toolchain.check_syntax, path))
-        else:
-            jobs.append(pool.submit(run, *cxx_command(path, toolchain.archs), "-fsyntax-only"))
-    wait_for(jobs, pool)
-    new = sorted(path.name for source, path in rewritten.items() if path.name != source.name)
-    print(f"hipify: {len(jobs)} files compile; rewritten: {', '.join(new) or 'none'}")
+def all_kernels() -> Path:
+    """A source that includes all kernels, as nvcc's does: most of a compilation is HIP's own headers."""
+    source = OUT / "kernels.hip"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text("".join(f'#include "{name}"\n' for name in setup_module().KERNELS))
+    return source
 
 
 def check(toolchain: Toolchain, cxx: list[Path], archs: list[str], pool: ThreadPoolExecutor) -> str:
@@ -223,12 +181,12 @@ def check(toolchain: Toolchain, cxx: list[Path], archs: list[str], pool: ThreadP
 
     `cxx` are the C++ objects, and `archs` the architectures that they were told of."""
     toolchain.prepare()
-    kernels, code = toolchain.compile([Path("csrc", name) for name in setup_module().KERNELS], pool)
+    kernels, code = toolchain.compile([all_kernels()], pool)
     table = read_resources(toolchain, code)
     print(f"{toolchain}\n\n{summary(table)}\n")
     check_scratch(table)
     check_waves(table)
-    library = toolchain.folder / "diffnl" / "_C.abi3.so"
+    library = toolchain.folder / "diffnl" / setup_module().READY_HIP.name
     symbols = link([*cxx, *kernels], library)
     check_runtime_has(symbols, next(Path("/usr/lib").glob("*/libamdhip64.so.5")))
     if toolchain.hip == 5:
@@ -254,7 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
             cxx = compile_cxx([source for source in sources if source.suffix == ".cpp"], archs, pool)
             tables = [check(toolchain, cxx, archs, pool) for toolchain in (newest, HIP_5)]
             (OUT / "resources.md").write_text("\n".join(tables))
-            check_hipify(newest, sources, pool)
+        ready = setup_module().READY_HIP  # for a wheel
+        ready.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(newest.folder / "diffnl" / ready.name, ready)
     except CheckFailed as failure:
         print(f"tools/check_hip.py: {failure}", file=sys.stderr)
         return 1

@@ -1,10 +1,11 @@
-"""The HIP flavour of the extension as a library, linked and loaded on a machine that has no ROCm.
+"""The HIP library of diffnl, linked and loaded on a machine that has no ROCm.
 
 The library names torch's own HIP library, libtorch_hip.so, as the one it needs, and no libamdhip64: that is
 whichever torch brings, .so.6 under ROCm 6, .so.7 under ROCm 7, or a copy without a number. Where there is no
 ROCm, stand-ins for both libraries are made here.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hip_toolchain import CheckFailed, run, setup_module
+from hip_toolchain import OUT, CheckFailed, run, setup_module
 
 TORCH_HIP = "libtorch_hip.so"
 STREAM_CALL = "aoti_torch_get_current_cuda_stream"
@@ -123,6 +124,7 @@ USE = """
 import ctypes
 import re
 import torch
+torch.version.hip = {version!r}
 import diffnl
 
 assert {folder!r} in diffnl.__file__, diffnl.__file__
@@ -132,7 +134,7 @@ operators = {{name for name in torch._C._dispatch_get_all_op_names() if name.sta
 assert len(operators) > 3, operators
 of_the_cpu = {{"compact_candidates", "merge_candidates", "candidates_margins", "select_candidates"}}
 of_the_cpu |= {{"neighbor_lists"}}
-for name in operators - {{"diffnl::build_info"}}:
+for name in operators:
     key = "CPU" if name.removeprefix("diffnl::") in of_the_cpu else "CUDA"
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
 
@@ -167,46 +169,59 @@ def environment(libraries: Path | None) -> dict[str, str]:
     return hidden if libraries is None else {**hidden, "LD_LIBRARY_PATH": str(libraries.resolve())}
 
 
+# What diffnl says of its HIP library, and whether the CPU works without it.
+REFUSED = """
+import json
+import torch
+torch.version.hip = "7.1"
+import diffnl
+assert diffnl.neighbor_pairs(torch.zeros(2, 3), None, None, 1.0).mapping.shape == (2, 2)
+print(json.dumps([part for part in diffnl.build_info()["parts"] if part["backend"] == "hip"]))
+"""
+
+
 def check_use(package: Path, archs: list[str], libraries: Path, runtime: str, expect: str) -> None:
-    """`package` imports where torch's HIP library is the one in `libraries`, and its CPU backend works."""
+    """`package` loads its HIP library where torch's is the one in `libraries`, and its CPU backend works."""
     script = package.parent / "use.py"  # beside the package, so that it imports this one
-    folder = str(package.parent)
-    script.write_text(USE.format(folder=folder, archs=archs, runtime=runtime, expect=expect))
+    version = f"{runtime.rpartition('.')[2]}.0"
+    text = USE.format(
+        folder=str(package.parent), archs=archs, runtime=runtime, expect=expect, version=version
+    )
+    script.write_text(text)
     run(sys.executable, script, env=environment(libraries))
 
 
 def check_refusal(package: Path, libraries: Path | None, missing: str) -> None:
-    """Where `missing` is, the import ends in diffnl's ImportError, which names it."""
-    bare = [sys.executable, "-c", "import diffnl"]
-    result = subprocess.run(
-        bare, capture_output=True, text=True, env=environment(libraries), cwd=package.parent
-    )
-    last = (result.stderr.strip().splitlines() or [""])[-1]
-    if result.returncode != 1 or not last.startswith("ImportError: ") or missing not in last:
+    """Where `missing` is, the CPU works, and the reason why the HIP library does not load names it."""
+    script = package.parent / "refused.py"
+    script.write_text(REFUSED)
+    (part,) = json.loads(run(sys.executable, script, env=environment(libraries)))
+    if part["loaded"] or missing not in (part["reason"] or ""):
         raise CheckFailed(
-            f"Without {missing} the import must end in an ImportError of diffnl's that names it, and ended "
-            f"with exit status {result.returncode}:\n{result.stderr}"
+            f"Without {missing} the HIP library must not load, for that reason, and did: {part}"
         )
 
 
-def copy_package(library: Path) -> Path:
-    """The Python half of the package beside the library."""
-    package = library.parent
-    for module in Path("diffnl").glob("*.py"):
-        shutil.copy(module, package)
-    return package
+def make_package(library: Path) -> Path:
+    """All of diffnl around a HIP library: the modules, and the library of the CPU."""
+    core = OUT / "core"
+    flags = ["--build-lib", core, "--build-temp", core / "objects"]
+    run(sys.executable, "setup.py", "-q", "build_ext", *flags, env={**os.environ, "DIFFNL_BACKEND": "cpu"})
+    for module in [*Path("diffnl").glob("*.py"), *core.glob("diffnl/_C*.so")]:
+        shutil.copy(module, library.parent)
+    return library.parent
 
 
 def load_with_debian_runtime(library: Path, archs: list[str]) -> None:
     """HIP 5.2's own runtime is there: it takes the library's code objects, and finds no device."""
-    package = copy_package(library)
+    package = make_package(library)
     libraries = make_torch_hip(library.parent.parent / "libraries-5", "libamdhip64.so.5")
     check_use(package, archs, libraries, "libamdhip64.so.5", NO_DEVICE)
 
 
 def load_with_standins(library: Path, archs: list[str], symbols: list[str], kernels: int) -> None:
     """Under torches of ROCm 6 and 7, and under ones that lack something."""
-    package = copy_package(library)
+    package = make_package(library)
     folder = library.parent.parent
     for number in (6, 7):
         runtime = f"libamdhip64.so.{number}"

@@ -177,7 +177,7 @@ class Toolchain:
         # No torch headers here: they need parts of ROCm that Debian lacks, and the kernels include none.
         return [
             *("-x", "hip", f"--rocm-path={self.rocm}", f"--rocm-device-lib-path={self.folder / 'bitcode'}"),
-            *("-fno-gpu-rdc", *self.own_headers, *cpp_extension.COMMON_HIP_FLAGS),
+            *("-fno-gpu-rdc", "-Icsrc", *self.own_headers, *cpp_extension.COMMON_HIP_FLAGS),
             *(*cpp_extension.COMMON_HIPCC_FLAGS, *setup_module().device_flags("hip")),
         ]
 
@@ -187,7 +187,7 @@ class Toolchain:
         command = [self.tool("clang++"), *self.hip_flags, *own, *name_of_its_own(source)]
         command += ["-c", str(source), "-o", str(output)]
         made_of = hashlib.sha256((run(command[0], "--version") + shlex.join(command)).encode())
-        for path in [source, *sorted(source.parent.glob("*.h"))]:
+        for path in [source, *sorted(Path("csrc").glob("*.[h]*"))]:
             made_of.update(path.read_bytes())
         stamp = output.with_name(output.name + ".made_of")
         if output.exists() and stamp.exists() and stamp.read_text() == made_of.hexdigest():
@@ -206,11 +206,6 @@ class Toolchain:
         own = ["--cuda-host-only", "-Xclang", "-fcuda-include-gpubinary", "-Xclang", bundle]
         own += name_of_its_own(source)
         run(self.tool("clang++"), *self.hip_flags, *own, "-c", source, "-o", output)
-
-    def check_syntax(self, source: Path) -> None:
-        """The compiler accepts a kernel's source, of which no code is made."""
-        own = ["--cuda-device-only", f"--offload-arch={self.archs[0]}", "-fsyntax-only"]
-        run(self.tool("clang++"), *self.hip_flags, *own, source)
 
     def compile(self, kernels: list[Path], pool: ThreadPoolExecutor) -> tuple[list[Path], dict]:
         """The objects of `kernels`, and the code objects in them as {source: {architecture: path}}."""
