@@ -69,7 +69,7 @@ SOURCES = {
 }
 LIBRARIES = {"cpu": "_C", "cuda": "_cuda", "hip": "_hip", "hostgpu": "_C"}
 # The HIP library that `make hip` has built, for a wheel made where there is no ROCm.
-READY_HIP = Path("build/hip/diffnl/_hip.abi3.so")
+READY_HIP = Path("build/hip/hip-7/diffnl/_hip.abi3.so")
 TOOLKITS = {
     "cuda": ("the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),
     "hip": (
