@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import os
 import re
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -212,9 +211,6 @@ def main(arguments: list[str] | None = None) -> int:
             cxx = compile_cxx([source for source in sources if source.suffix == ".cpp"], archs, pool)
             tables = [check(toolchain, cxx, archs, pool) for toolchain in (newest, HIP_5)]
             (OUT / "resources.md").write_text("\n".join(tables))
-        ready = setup_module().READY_HIP  # for a wheel
-        ready.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(newest.folder / "diffnl" / ready.name, ready)
     except CheckFailed as failure:
         print(f"tools/check_hip.py: {failure}", file=sys.stderr)
         return 1
