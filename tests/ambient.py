@@ -39,6 +39,8 @@ NOT_UNDER = {
             ("test_adapters.py", "test_build.py", "test_load.py", "test_old_glibc.py"), ELSEWHERE
         ),
         **dict.fromkeys(("test_benchmarks.py", "test_torch_compat.py", "test_versus.py"), ELSEWHERE),
+        "test_progress.py": "about what is printed of what test_train_mlip.py runs",
+        "test_properties_script.py": "about what is printed of what test_properties.py runs",
     },
     "autocast": {},
     "": {},
