@@ -90,7 +90,7 @@ hostgpu-asan: $(VENV)/test.installed
 	build/$@/test_shim
 	$(SANITIZED) PYTHONPATH=build/$@ $(BIN)/python -P -c "$(call expect,build/$@,hostgpu)"
 	$(QUICK) $(ORDER) $(SANITIZED) PYTHONPATH=build/$@ $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) \
-	    -k "not float64" $(ARGS)
+	    -k "not float64 and not 17000" $(ARGS)
 
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,list cutoffs capacity skin accepted options errors distances \
     derivatives autograd stress stress_conventions testing elastic_constants mlip_steps))
