@@ -69,13 +69,13 @@ hip: $(VENV)/torch.installed
 
 # The GPU kernels compiled as C++ and run on the CPU, with waves of 32 and of 64 threads, and sanitized; the
 # longest first, for `make -j2`. Threads take turns in three orders: a missing barrier shows in some order. Waves of 64
-# are slow to emulate: with sanitizers they search in float32, without in float64.
+# are slow to emulate: with sanitizers they search in float32, without in float64, and not the largest system.
 hostgpu: hostgpu-asan hostgpu32 hostgpu64
 hostgpu32: ORDER := HOSTGPU_ORDER=forward
 hostgpu64: ORDER := HOSTGPU_ORDER=reverse
 hostgpu-asan: ORDER := HOSTGPU_ORDER=7
 
-hostgpu64: ARGS += -k "not float32"
+hostgpu64: ARGS += -k "not float32 and not 17000"
 hostgpu32 hostgpu64: hostgpu%: $(VENV)/test.installed
 	DIFFNL_BACKEND=hostgpu DIFFNL_WAVE=$* $(call build_into,build/$@)
 	$(CXX) $(SHIM) -O2 -DDIFFNL_WAVE=$* -o build/$@/test_shim
