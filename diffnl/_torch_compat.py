@@ -6,7 +6,7 @@ puts all of them in force, which is how the tests try them.
 
 import os
 from collections.abc import Callable
-from functools import reduce
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ def _private(path: str, replacement: Any) -> Any:
     if os.environ.get("DIFFNL_PUBLIC_TORCH") == "1":
         return replacement
     try:
-        return reduce(getattr, path.split("."), torch)
-    except AttributeError:
+        return resolve_name(f"torch.{path}")  # imports the modules on the way
+    except (ImportError, AttributeError):
         return replacement
 
 

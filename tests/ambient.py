@@ -30,15 +30,15 @@ OURS = tuple(
 )
 
 # What cannot run there, or would not meet the state, and why. {file or file::test: reason}
-ELSEWHERE = "what it runs are processes of their own, without the state"
+STARTS_PROCESSES = [
+    *("test_adapters.py", "test_benchmarks.py", "test_build.py", "test_load.py", "test_old_glibc.py"),
+    *("test_torch_compat.py", "test_versus.py"),
+]
 NOT_UNDER = {
     "meta": {
         "test_compile.py": "torch.compile would compile the mode that keeps the state from the tests",
         "test_deploy.py": "torch.export would export it",
-        **dict.fromkeys(
-            ("test_adapters.py", "test_build.py", "test_load.py", "test_old_glibc.py"), ELSEWHERE
-        ),
-        **dict.fromkeys(("test_benchmarks.py", "test_torch_compat.py", "test_versus.py"), ELSEWHERE),
+        **dict.fromkeys(STARTS_PROCESSES, "what it runs are processes of their own, without the state"),
         "test_progress.py": "about what is printed of what test_train_mlip.py runs",
         "test_properties_script.py": "about what is printed of what test_properties.py runs",
     },

@@ -5,6 +5,7 @@ whichever torch brings, .so.6 under ROCm 6, .so.7 under ROCm 7, or a copy withou
 ROCm, stand-ins for both libraries are made here.
 """
 
+import functools
 import json
 import os
 import re
@@ -202,13 +203,19 @@ def check_refusal(package: Path, libraries: Path | None, missing: str) -> None:
         )
 
 
+@functools.cache
+def build_core() -> Path:
+    """The library of the CPU, as setup.py makes it."""
+    folder = OUT / "core"
+    flags = ["--build-lib", folder, "--build-temp", folder / "objects"]
+    run(sys.executable, "setup.py", "-q", "build_ext", *flags, env={**os.environ, "DIFFNL_BACKEND": "cpu"})
+    return next(folder.glob("diffnl/_C*.so"))
+
+
 def make_package(library: Path) -> Path:
     """All of diffnl around a HIP library: the modules, and the library of the CPU."""
-    core = OUT / "core"
-    flags = ["--build-lib", core, "--build-temp", core / "objects"]
-    run(sys.executable, "setup.py", "-q", "build_ext", *flags, env={**os.environ, "DIFFNL_BACKEND": "cpu"})
-    for module in [*Path("diffnl").glob("*.py"), *core.glob("diffnl/_C*.so")]:
-        shutil.copy(module, library.parent)
+    for part in [*Path("diffnl").glob("*.py"), build_core()]:
+        shutil.copy(part, library.parent)
     return library.parent
 
 

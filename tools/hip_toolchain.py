@@ -187,7 +187,7 @@ class Toolchain:
         command = [self.tool("clang++"), *self.hip_flags, *own, *name_of_its_own(source)]
         command += ["-c", str(source), "-o", str(output)]
         made_of = hashlib.sha256((run(command[0], "--version") + shlex.join(command)).encode())
-        for path in [source, *sorted(Path("csrc").glob("*.[h]*"))]:
+        for path in [source, *sorted(Path("csrc").glob("*.h*"))]:
             made_of.update(path.read_bytes())
         stamp = output.with_name(output.name + ".made_of")
         if output.exists() and stamp.exists() and stamp.read_text() == made_of.hexdigest():
