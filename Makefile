@@ -168,13 +168,13 @@ $(VENV)/lint.installed: pyproject.toml
 	touch $@
 
 # Packages that torch or each other keep from being installed by their own requirements are in no-deps.txt; what
-# compiles itself against torch is in no-isolation.txt.
-.venv-adapters-%/installed: tests/adapters/%/requirements.txt $(wildcard tests/adapters/*/no-*.txt)
+# takes more than that is in install.py.
+.venv-adapters-%/installed: tests/adapters/%/requirements.txt $(wildcard tests/adapters/*/no-deps.txt tests/adapters/*/install.py)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install -q "$(TORCH)" "setuptools>=77,<81" wheel ninja pytest
 	$(@D)/bin/pip install -q "$(TORCH)" -r $<
 	if [ -f $(<D)/no-deps.txt ]; then $(@D)/bin/pip install -q --no-deps --ignore-requires-python -r $(<D)/no-deps.txt; fi
-	if [ -f $(<D)/no-isolation.txt ]; then $(@D)/bin/pip install -q --no-build-isolation -r $(<D)/no-isolation.txt; fi
+	if [ -f $(<D)/install.py ]; then FORCE_ONLY_CPU=1 $(@D)/bin/python $(<D)/install.py; fi
 	touch $@
 
 # examples, test, bench: the extras of pyproject.toml, and diffnl built from this checkout.

@@ -56,7 +56,7 @@ STABLE_TORCH_LIBRARY(diffnl, m) {
   m.def(
       "candidates_margins(Tensor old_positions, Tensor old_cell, Tensor offsets, Tensor j, Tensor image, Tensor "
       "images, Tensor positions, Tensor cell, Tensor pbc, Tensor? system_idx, float cutoff, float radius) "
-      "-> (Tensor margins, Tensor jumps)");
+      "-> (Tensor margins, Tensor jumps, bool hold)");
   // Those of some systems of a batch replaced by others, whose rows are `atoms` and whose images' systems are
   // `systems` of the batch.
   m.def(

@@ -297,13 +297,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_candidates(const Tensor& offset
   return {merged_offsets, *merged_j, *merged_image, images_tensor(offsets, found)};
 }
 
-// (B,) float64, for each system: not negative where the candidates hold all pairs. And the jumps (N, 4) int8 of
-// the atoms; none where no atom has jumped.
-std::tuple<Tensor, Tensor> candidates_margins(const Tensor& old_positions, const Tensor& old_cell,
-                                              const Tensor& offsets, const Tensor& j, const Tensor& image,
-                                              const Tensor& images, const Tensor& positions, const Tensor& cell,
-                                              const Tensor& pbc, const std::optional<Tensor>& system_idx,
-                                              double cutoff, double radius) {
+// (B,) float64, for each system: not negative where the candidates hold all pairs. The jumps (N, 4) int8 of the
+// atoms; none where no atom has jumped. And whether the candidates hold all pairs of every system.
+std::tuple<Tensor, Tensor, bool> candidates_margins(const Tensor& old_positions, const Tensor& old_cell,
+                                                    const Tensor& offsets, const Tensor& j, const Tensor& image,
+                                                    const Tensor& images, const Tensor& positions,
+                                                    const Tensor& cell, const Tensor& pbc,
+                                                    const std::optional<Tensor>& system_idx, double cutoff,
+                                                    double radius) {
   check_search(positions, cell, pbc);
   check_shape(old_positions, "old_positions", {positions.size(0), 3});
   check_dtype(old_positions, "old_positions", positions.scalar_type());
@@ -324,7 +325,9 @@ std::tuple<Tensor, Tensor> candidates_margins(const Tensor& old_positions, const
          system_data(systems, r.size(0)), r.size(0), num_systems_of(h)},
         candidates, cutoff, radius, mutable_data<double>(margins), static_cast<Jump*>(jumps.mutable_data_ptr()));
   });
-  return {margins, any ? jumps : empty(positions, {0}, ScalarType::Int)};
+  const double* of_system = data<double>(margins);
+  const bool hold = std::all_of(of_system, of_system + margins.size(0), [](double m) { return m >= 0.0; });
+  return {margins, any ? jumps : empty(positions, {0}, ScalarType::Int), hold};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_candidates(const Tensor& positions, const Tensor& cell,

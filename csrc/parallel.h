@@ -28,10 +28,12 @@ inline const int fork_handler =
 #endif
 
 // Work is measured in nanoseconds that one thread needs. On an idle machine two threads take as long as one for
-// 50 to 100 us of work, and three quarters of the time from 200 us on. Where other programs keep the cores busy,
-// each region waits for the system to run the other thread: 4 to 16 ms, however small the work. Below the first
-// number there are no threads; between the two, while they come in time; above the second, always.
-constexpr double kLeastForThreads = 100e3, kAlwaysThreads = 1e6;
+// 5 to 20 us of work, and four fifths of the time from 60 us on. Where other programs keep the cores busy, each
+// region waits for the system to run the other thread: 4 to 16 ms, however small the work. Below the first number
+// there are no threads; between the two, while they come in time; above the second, always.
+constexpr double kLeastForThreads = 20e3, kAlwaysThreads = 1e6;
+// More than one thread would have taken: no error of the estimated work is as large, and hardly a wait is smaller.
+constexpr double kLate = 1e6;
 
 inline bool is_small(double work) { return work >= kLeastForThreads && work < kAlwaysThreads; }
 inline SmallRegions small_regions;
@@ -70,7 +72,7 @@ inline void parallel_blocks(int64_t size, int64_t block, double work, const F& f
   const Clock::time_point begin = Clock::now();
   torch::stable::parallel_for(0, threads, 1, take_blocks);
   const std::chrono::duration<double, std::nano> took = Clock::now() - begin;
-  if (is_small(work)) small_regions.ran_on_threads(took.count() > 2.0 * work);
+  if (is_small(work)) small_regions.ran_on_threads(took.count() > work + kLate);
 }
 
 }  // namespace diffnl

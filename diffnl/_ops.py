@@ -105,12 +105,12 @@ def candidates_margins(
     system_idx: Tensor | None,
     cutoff: float,
     radius: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, bool]:
     """Whether candidates, pairs to `radius` of old positions and cell, hold all pairs to `cutoff` now.
 
     Returns margins (B,) float64, for each system by how much they reach beyond these, negative if they do
-    not; and jumps (N,) int32, three signed bytes each: by how many lattice vectors an atom was moved. (0,) if
-    none was.
+    not; jumps (N,) int32, three signed bytes each: by how many lattice vectors an atom was moved, (0,) if
+    none was; and whether no margin is negative.
     """
     return _call(
         torch.ops.diffnl.candidates_margins.default,

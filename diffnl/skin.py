@@ -106,9 +106,9 @@ class Skin:
             _validate.is_traced() or transforms_active() or positions.shape[0] == 0
         ):
             return None
-        now = positions.detach(), cell.detach(), pbc, system_idx
         if positions.device.type not in _ops.LINKED_DEVICES:
-            return self._find_on_cpu(where, now, cutoffs, skin, full, capacity)
+            return self._find_on_cpu(where, cutoffs, skin, full, capacity)
+        now = positions.detach(), cell.detach(), pbc, system_idx
         linked = full and wants_links(positions, cell)
         if capacity is None:
             lists = self._find_on_gpu(now, cutoffs, skin, full, linked)
@@ -120,13 +120,14 @@ class Skin:
             lists = [Found.call(*where, found) for found in lists]
         return [found[:4] for found in lists]
 
-    def _find_on_cpu(self, where: tuple, now: tuple, cutoffs, skin, full, capacity):
-        key = max(cutoffs), skin, full, *_shapes(now)
+    def _find_on_cpu(self, where: tuple, cutoffs, skin, full, capacity):
+        key = max(cutoffs), skin, full, *_shapes(where)
         kept = _look_up(self._on_cpu, key)
-        margins, jumps = (None, None) if kept is None else _moves(kept, now)
-        reused = margins is not None and bool((margins >= 0).all())
+        margins, jumps, reused = (None, None, False) if kept is None else _moves(kept, where)
         self._counts[reused] += 1
         if not reused:
+            positions, cell, *rest = where
+            now = positions.detach(), cell.detach(), *rest
             kept, jumps = _search_on_cpu(now, key, kept, margins, jumps)
         self._on_cpu = _put_first(self._on_cpu, kept)
         select = Selection.forward if nobody_differentiates(*where[:2]) else Selection.call
@@ -233,18 +234,20 @@ def _own(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _moves(kept: _Candidates, now: tuple) -> tuple[Tensor | None, Tensor | None]:
-    """Margins (B,), not negative where the candidates hold all pairs of a system, and jumps (N,), if there
-    are any; no margins if the candidates are of other atoms."""
+def _moves(kept: _Candidates, now: tuple) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Margins (B,), not negative where the candidates hold all pairs of a system, jumps (N,), if there are
+    any, and whether the candidates hold all pairs; no margins if they are of other atoms."""
     pbc, system_idx = now[2:]
     old_positions, old_cell, old_pbc, old_system_idx = kept.inputs
     if not torch.equal(old_pbc, pbc) or (
         system_idx is not None and not torch.equal(old_system_idx, system_idx)
     ):
-        return None, None
+        return None, None, False
     cutoff, skin, *_ = kept.key
-    margins, jumps = _ops.candidates_margins(old_positions, old_cell, kept.found, *now, cutoff, cutoff + skin)
-    return margins, jumps if len(jumps) > 0 else None
+    margins, jumps, hold = _ops.candidates_margins(
+        old_positions, old_cell, kept.found, *now, cutoff, cutoff + skin
+    )
+    return margins, jumps if jumps.shape[0] > 0 else None, hold
 
 
 def _search_on_cpu(

@@ -171,6 +171,7 @@ def test_rocm_architectures_are_those_of_torch(setup, monkeypatch, says):
 
 def test_rocm_architectures_of_a_torch_that_does_not_say(setup, monkeypatch):
     pretend(monkeypatch, setup, hip="7.1", rocm_home="/rocm")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
     monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: None, raising=False)
     assert setup.architectures("hip") == setup.ROCM_ARCHS
 

@@ -119,13 +119,13 @@ def threads_after(num_atoms):
     return len(os.listdir("/proc/self/task"))
 torch.rand(3).requires_grad_().sum().backward()  # whatever threads autograd wants
 before = threads_after(1)
-print(threads_after(20) - before, threads_after(3000) - before)
+print(threads_after(10) - before, threads_after(3000) - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_list_of_20_atoms_makes_no_threads(cpu_backend):
-    """From 0.1 ms of work on threads pay: of 30 atoms to 6 Å, without a skin."""
+def test_a_list_of_10_atoms_makes_no_threads(cpu_backend):
+    """From 20 us of work on threads pay."""
     script = subprocess.run(
         [sys.executable, "-c", NUMBER_OF_THREADS], capture_output=True, text=True, timeout=100
     )

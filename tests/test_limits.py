@@ -3,6 +3,7 @@
 Where an emulator runs the GPU kernels (tests/hostgpu), the environment sets its limits and failures.
 """
 
+import contextlib
 import ctypes
 
 import pytest
@@ -95,13 +96,18 @@ def test_an_error_that_was_there_before(emulator, device):
 
 
 def test_an_error_that_was_there_before_on_a_gpu(gpu):
+    """HIP's runtime is torch's. Of CUDA's diffnl has a copy of its own, which knows of no other's errors."""
     positions, cell, pbc = box(gpu)
     mapping, shifts, vectors = diffnl.neighbor_pairs(positions, cell, pbc, CUTOFF)
     torch.cuda.synchronize()
     assert int(torch.cuda.cudart().cudaHostUnregister(0)) != 0, "the call was to fail"
-    with pytest.raises(RuntimeError, match=EARLIER):
-        diffnl.pair_vectors(positions, cell, mapping, shifts)
-    assert torch.equal(diffnl.pair_vectors(positions, cell, mapping, shifts), vectors)
+    if torch.version.hip:
+        with pytest.raises(RuntimeError, match=EARLIER):
+            diffnl.pair_vectors(positions, cell, mapping, shifts)
+    again = diffnl.pair_vectors(positions, cell, mapping, shifts)
+    with contextlib.suppress(RuntimeError):  # torch asks after its own next launch, and tells it once
+        torch.ones(1, device=gpu).add_(1.0)
+    assert torch.equal(again, vectors)
 
 
 def test_work_that_is_not_ready_is_no_error(emulator, device):
