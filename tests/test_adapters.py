@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import diffnl
+
 ROOT = Path(__file__).parents[1]
-ADAPTERS = sorted((ROOT / "diffnl" / "adapters").glob("[!_]*.py"))
+ADAPTERS = sorted((Path(diffnl.__file__).parent / "adapters").glob("[!_]*.py"))
 # What the adapters are for, by the names they are imported under.
 OTHERS = """ase chgnet fairchem mace matscipy metatensor metatomic nequip allegro numpy nvalchemiops pymatgen
     schnetpack sevenn torch_cluster torch_geometric torch_sim torchmdnet vesin warp""".split()
