@@ -72,13 +72,13 @@ hip: $(VENV)/torch.installed
 # The GPU kernels compiled as C++ and run on the CPU, with waves of 32 and of 64 threads, and sanitized; the
 # longest first, for `make -j2`. Threads take turns in three orders: a missing barrier shows in some order. Waves of 64
 # are slow to emulate: with sanitizers they search in float32, without in float64, and not the largest system. Waves of 32
-# have the structures of test_list.py in float32. What compares the reference with ASE runs no kernel, and a gradcheck
-# the same ones hundreds of times: sanitizers see them in the other tests of derivatives.
+# have test_list.py in float32. What compares the reference with ASE runs no kernel, and a gradcheck
+# the same ones hundreds of times: sanitizers see them in the other tests of derivatives. A -k in ARGS replaces all this.
 hostgpu: hostgpu-asan hostgpu32 hostgpu64
 hostgpu32: ORDER := HOSTGPU_ORDER=forward
 hostgpu64: ORDER := HOSTGPU_ORDER=reverse
 hostgpu-asan: ORDER := HOSTGPU_ORDER=7
-hostgpu32: CHOSEN := -k "not with_ase and not (test_list and float64)"
+hostgpu32: CHOSEN := -k "not with_ase and not (test_list.py and float64)"
 hostgpu64: CHOSEN := -k "not with_ase and not float32 and not 17000"
 hostgpu-asan: CHOSEN := -k "not with_ase and not gradcheck and not float64 and not 17000"
 
@@ -141,7 +141,7 @@ bench: $(VENV)/bench.installed
 
 # One wheel for every torch >= 2.10 with the backends that DIFFNL_BACKEND names, "cuda,hip" for all; the HIP library is
 # the one that `make hip` has built where there is no ROCm. Linked for systems with glibc 2.28 (tools/old_glibc.py);
-# auditwheel looks what it needs, and says so in its name. Libraries of torch and of GPU runtimes are never inside.
+# auditwheel looks what it needs, and says so in its name. No shared library of torch or of a GPU runtime is inside.
 wheel: $(VENV)/wheel.installed
 	rm -rf build/wheel dist/*.whl
 	LDFLAGS="$$($(BIN)/python tools/old_glibc.py build/old_glibc) $(LDFLAGS)" \
@@ -179,7 +179,7 @@ $(VENV)/lint.installed: pyproject.toml
 	$(@D)/bin/pip install -q "$(TORCH)" "setuptools>=77,<81" wheel ninja pytest
 	$(@D)/bin/pip install -q "$(TORCH)" -r $<
 	if [ -f $(<D)/no-deps.txt ]; then $(@D)/bin/pip install -q --no-deps --ignore-requires-python -r $(<D)/no-deps.txt; fi
-	if [ -f $(<D)/install.py ]; then FORCE_ONLY_CPU=1 $(@D)/bin/python $(<D)/install.py; fi
+	if [ -f $(<D)/install.py ]; then $(@D)/bin/python $(<D)/install.py; fi
 	touch $@
 
 # examples, test, bench: the extras of pyproject.toml, and diffnl built from this checkout.

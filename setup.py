@@ -74,7 +74,8 @@ TOOLKITS = {
     "cuda": ("the CUDA toolkit (nvcc; CUDA_HOME names its folder)", "nvcc"),
     "hip": (
         "a ROCm build of torch and the ROCm toolkit (ROCM_HOME names its folder, which holds bin/hipcc: "
-        "/opt/rocm, or what `rocm-sdk path --root` prints where pip installed ROCm)",
+        "/opt/rocm, or what `rocm-sdk path --root` prints where pip installed ROCm), or, for a wheel, the "
+        "library that `make hip` builds without them",
         "hipcc",
     ),
 }

@@ -28,20 +28,25 @@ inline const int fork_handler =
 #endif
 
 // Work is measured in nanoseconds that one thread needs. On an idle machine two threads take as long as one for
-// 5 to 20 us of work, and four fifths of the time from 60 us on. Where other programs keep the cores busy, each
-// region waits for the system to run the other thread: 4 to 16 ms, however small the work. Below the first number
-// there are no threads; between the two, while they come in time; above the second, always.
-constexpr double kLeastForThreads = 20e3, kAlwaysThreads = 1e6;
-// More than one thread would have taken: no error of the estimated work is as large, and hardly a wait is smaller.
+// 5 to 20 us of work, and four fifths of the time from 60 us on; torch wakes all threads it has, and more wake
+// more slowly. Where other programs keep the cores busy, each region waits for the system to run the other
+// threads: 4 to 16 ms, however small the work. Below the first number, for each thread, there are no threads;
+// up to the second, while they come in time; above it, always.
+constexpr double kLeastForEachThread = 10e3, kAlwaysThreads = 1e6;
+// A region is late if it takes this much longer than one thread would have: no estimate is as far off.
 constexpr double kLate = 1e6;
 
-inline bool is_small(double work) { return work >= kLeastForThreads && work < kAlwaysThreads; }
+inline int64_t num_threads() { return int64_t(torch::stable::get_num_threads()); }
+
+inline bool is_small(double work) {
+  return work >= kLeastForEachThread * static_cast<double>(num_threads()) && work < kAlwaysThreads;
+}
 inline SmallRegions small_regions;
 
 inline int64_t threads_for(double work) {
-  const bool alone = work < kLeastForThreads || (is_small(work) && small_regions.alone()) ||
+  const bool alone = (work < kAlwaysThreads && (!is_small(work) || small_regions.alone())) ||
                      is_forked_child.load(std::memory_order_relaxed);
-  return alone ? 1 : int64_t(torch::stable::get_num_threads());
+  return alone ? 1 : num_threads();
 }
 
 // Rows a block: few enough that all threads have some to the end. What rows share is done once a block.
@@ -64,7 +69,7 @@ inline void parallel_blocks(int64_t size, int64_t block, double work, const F& f
   };
   const int64_t threads = std::min(threads_for(work), num_blocks);
   if (threads <= 1) {
-    if (is_small(work)) small_regions.ran_alone();
+    if (num_blocks > 1 && is_small(work)) small_regions.ran_alone();
     take_blocks(0, 1);
     return;
   }

@@ -112,20 +112,20 @@ def threads_after(num_atoms):
     positions = edge * torch.rand(num_atoms, 3)
     cell = edge * torch.eye(3)
     inputs = positions.requires_grad_(), cell.requires_grad_()
-    diffnl.NeighborList(6.0, skin=0.5)(*inputs, True)
-    vectors = diffnl.neighbor_pairs(*inputs, True, 6.0).vectors
+    diffnl.NeighborList(3.5, skin=0.5)(*inputs, True)
+    vectors = diffnl.neighbor_pairs(*inputs, True, 3.5).vectors
     grad = torch.empty(vectors.shape).numpy()
     torch.autograd.grad(vectors, inputs, torch.from_numpy(grad))
     return len(os.listdir("/proc/self/task"))
 torch.rand(3).requires_grad_().sum().backward()  # whatever threads autograd wants
 before = threads_after(1)
-print(threads_after(10) - before, threads_after(3000) - before)
+print(threads_after(20) - before, threads_after(3000) - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_list_of_10_atoms_makes_no_threads(cpu_backend):
-    """From 20 us of work on threads pay."""
+def test_a_list_of_20_atoms_makes_no_threads(cpu_backend):
+    """Two threads pay from 20 us of work on."""
     script = subprocess.run(
         [sys.executable, "-c", NUMBER_OF_THREADS], capture_output=True, text=True, timeout=100
     )

@@ -3,9 +3,10 @@
 It comes as source, 17 files of C++ that take seven minutes to compile; `radius_graph` is in three of them.
 """
 
+import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from .radius import radius, radius_graph
 """
 
 
+os.environ["FORCE_ONLY_CPU"] = "1"  # of its setup.py
+
+
 def pip(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", *arguments, "-q", "--no-deps"], check=True)
 
@@ -31,8 +35,7 @@ def pip(*arguments: str) -> None:
 with tempfile.TemporaryDirectory() as folder:
     # setup.py imports torch.
     pip("download", "--no-build-isolation", "--no-binary=:all:", "-d", folder, f"torch_cluster=={VERSION}")
-    with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as source:
-        source.extractall(folder, filter="data")
+    shutil.unpack_archive(next(Path(folder).glob("*.tar.gz")), folder)
     root = Path(folder, f"torch_cluster-{VERSION}")
     for file in root.glob("csrc/*.cpp"):
         if file.stem not in PARTS:
