@@ -80,7 +80,7 @@ def write_report(results: Path, target: Path) -> Path:
 
 
 def stages(found: dict) -> list[str]:
-    """Build, tests and sanitizers."""
+    """How each stage ended: build, tests, sanitizers, the benchmark of each dtype."""
     rows = []
     if "build" in found:
         archs = found["build"].get("build_info", {}).get("archs", [])
@@ -95,7 +95,10 @@ def stages(found: dict) -> list[str]:
         if result.get("elsewhere"):
             detail += f"; elsewhere: `{result['elsewhere'][0]}`"
         rows.append([f"compute-sanitizer {tool}", result["verdict"], f"{result['seconds']:.0f} s", detail])
-    return ["## Build, tests, sanitizers", table(["", "result", "time", ""], rows)] if rows else []
+    for dtype, run in found.get("bench", {}).get("runs", {}).items():
+        detail = "" if run["status"] == "ok" else "the last systems are missing"
+        rows.append([f"benchmark in {dtype}", run["status"], f"{run['seconds']:.0f} s", detail])
+    return ["## Build, tests, sanitizers, times", table(["", "result", "time", ""], rows)] if rows else []
 
 
 def benchmark(dtype: str, record: dict, image: str) -> list[str]:
