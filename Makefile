@@ -58,10 +58,11 @@ bench-adapters: $(foreach env,$(ADAPTER_ENVS),build/adapters/times-$(env).json)
 	@$(BIN)/python benchmarks/adapter_times.py --join $^
 
 # The list and gradient tests again, on a library built with AddressSanitizer and UndefinedBehaviorSanitizer.
+asan: CHOSEN := -k "not with_ase and not gradcheck"
 asan: $(VENV)/test.installed
 	DIFFNL_BACKEND=cpu DIFFNL_SANITIZE=1 $(call build_into,build/asan)
 	$(SANITIZED) PYTHONPATH=build/asan $(BIN)/python -P -c "$(call expect,build/asan,cpu)"
-	$(QUICK) $(SANITIZED) PYTHONPATH=build/asan $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) -k "not with_ase and not gradcheck" $(ARGS)
+	$(QUICK) $(SANITIZED) PYTHONPATH=build/asan $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) $(CHOSEN) $(ARGS)
 
 # The HIP backend without ROCm and without an AMD GPU: compiles, links, loads, keeps within its registers.
 # With HIP 7.1 and clang-22 for every architecture of torch's ROCm wheels, and with HIP 5.2 and clang-19; names the

@@ -28,12 +28,13 @@ inline const int fork_handler =
 #endif
 
 // Work is measured in nanoseconds that one thread needs. On an idle machine two threads take as long as one for
-// 5 to 20 us of work, and four fifths of the time from 60 us on; torch wakes all threads it has, and more wake
-// more slowly. Where other programs keep the cores busy, each region waits for the system to run the other
-// threads: 4 to 16 ms, however small the work. Below the first number, for each thread, there are no threads;
-// up to the second, while they come in time; above it, always.
+// 5 to 20 us of work, and 0.7 to 0.9 of the time from 90 us on; torch wakes all threads it has, and more than
+// two have not been measured. Where other programs keep the cores busy, each region waits for the system to run
+// the other threads: 4 to 16 ms, however small the work. Below the first number, for each thread, there are no
+// threads; up to the second, while they come in time; above it, always.
 constexpr double kLeastForEachThread = 10e3, kAlwaysThreads = 1e6;
-// A region is late if it takes this much longer than one thread would have: no estimate is as far off.
+// A region is late if it takes this much longer than one thread should. An estimate that is as far off is late
+// too.
 constexpr double kLate = 1e6;
 
 inline int64_t num_threads() { return int64_t(torch::stable::get_num_threads()); }
