@@ -39,9 +39,10 @@ constexpr double kLate = 1e6;
 
 inline int64_t num_threads() { return int64_t(torch::stable::get_num_threads()); }
 
-inline bool is_small(double work) {
-  return work >= kLeastForEachThread * static_cast<double>(num_threads()) && work < kAlwaysThreads;
+inline bool pays_for_threads(double work) {
+  return work >= kLeastForEachThread * static_cast<double>(num_threads());
 }
+inline bool is_small(double work) { return pays_for_threads(work) && work < kAlwaysThreads; }
 inline SmallRegions small_regions;
 
 inline int64_t threads_for(double work) {
@@ -50,10 +51,11 @@ inline int64_t threads_for(double work) {
   return alone ? 1 : num_threads();
 }
 
-// Rows a block: few enough that all threads have some to the end. What rows share is done once a block.
+// Rows a block: few enough that all threads have some to the end. What rows share is done once a block. A pause of
+// `small_regions` makes no difference here: regions of one block would never end it.
 inline int64_t block_of_rows(int64_t num_rows, double work) {
   constexpr int64_t least = 16, most = 512;
-  const int64_t threads = threads_for(work);
+  const int64_t threads = pays_for_threads(work) ? num_threads() : 1;
   return threads == 1 ? most : std::clamp(num_rows / (8 * threads), least, most);
 }
 

@@ -258,12 +258,13 @@ def _search_on_cpu(
     Those with half of their margin keep them. The others would have their turn soon, and each turn has its
     price: so systems that are alike are searched together, and one that is hotter alone (benchmarks/skin.py).
     """
-    holds = None if margins is None else margins >= 0.5 * key[1]
-    if holds is not None and holds.any():
-        try:
-            return _search_others(now, kept, holds, jumps)
-        except ValueError:
-            pass  # bad input, which the search of all names by its number
+    if margins is not None and margins.shape[0] > 1:  # a single system is the one to search
+        holds = margins >= 0.5 * key[1]
+        if holds.any():
+            try:
+                return _search_others(now, kept, holds, jumps)
+            except ValueError:
+                pass  # bad input, which the search of all names by its number
     return _Candidates(key, tuple(map(_own, now)), _compact(now, key)), None
 
 

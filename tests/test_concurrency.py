@@ -53,21 +53,41 @@ def test_dataloader_workers(method, threads):
     assert seen == names
 
 
-PAUSES = """
-#include "small_regions.h"
-#include <cstdio>
+# What parallel.h takes from torch.
+STAND_IN = """
+#pragma once
+#include <chrono>
+#include <cstdint>
+#include <thread>
 
-// Each argument: a region of small work, late or in time if threads run it. Prints what ran it.
-int main(int count, char** late) {
-  diffnl::SmallRegions regions;
-  for (int n = 1; n < count; ++n) {
-    if (regions.alone()) {
-      regions.ran_alone();
-      std::putchar('1');
-    } else {
-      regions.ran_on_threads(late[n][0] == 'l');
-      std::putchar('2');
-    }
+inline int regions_on_threads = 0, late_regions = 0;
+namespace torch::stable {
+inline uint32_t get_num_threads() { return 2; }
+template <typename F>
+void parallel_for(int64_t first, int64_t last, int64_t, const F& f) {
+  if (regions_on_threads++ < late_regions) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  f(first, last);
+}
+}  // namespace torch::stable
+"""
+REGIONS = """
+#include "parallel.h"
+#include <cstdio>
+#include <cstdlib>
+
+// Arguments: the number of regions, the rows of each, their work in ns, and how many of those with threads,
+// from the first on, are late. Prints a 2 for a region that threads ran, a 1 for one that the caller ran.
+int main(int, char** arguments) {
+  const int64_t regions = std::atoll(arguments[1]), rows = std::atoll(arguments[2]);
+  const double work = std::atof(arguments[3]);
+  late_regions = std::atoi(arguments[4]);
+  for (int64_t n = 0; n < regions; ++n) {
+    const int before = regions_on_threads;
+    int64_t seen = 0;
+    const auto count = [&](int64_t first, int64_t last) { seen += last - first; };
+    diffnl::parallel_blocks(rows, diffnl::block_of_rows(rows, work), work, count);
+    if (seen != rows) return 1;
+    std::putchar(regions_on_threads > before ? '2' : '1');
   }
 }
 """
@@ -76,19 +96,28 @@ int main(int count, char** late) {
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles a header of csrc/")
 def test_after_late_threads_small_regions_run_on_one(tmp_path):
     """Where other programs keep the cores busy, a list of 60 atoms took 130 times longer with two threads."""
-    source, program = tmp_path / "pauses.cpp", tmp_path / "pauses"
-    source.write_text(PAUSES)
+    stand_in = tmp_path / "torch/csrc/stable/ops.h"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text(STAND_IN)
+    source, program = tmp_path / "regions.cpp", tmp_path / "regions"
+    source.write_text(REGIONS)
     csrc = Path(__file__).parents[1] / "csrc"
-    subprocess.run(["g++", "-std=c++20", f"-I{csrc}", source, "-o", program], check=True)
+    command = ["g++", "-std=c++20", "-O1", f"-I{csrc}", f"-I{tmp_path}", source, "-o", program, "-pthread"]
+    subprocess.run(command, check=True)
 
-    def runs(*regions):
-        return subprocess.check_output([program, *regions], text=True)
+    def runs(regions, rows, work, late):
+        return subprocess.check_output([program, *map(str, (regions, rows, work, late))], text=True)
 
-    assert runs(*["in time"] * 20) == "2" * 20
-    assert runs(*["late"] * 60) == "2" + 8 * "1" + "2" + 16 * "1" + "2" + 32 * "1" + "2"
-    always_late = runs(*["late"] * 30_000)
+    small, always = 100e3, 2e6
+    # A pause ends for lists of fewer rows than one thread would take as a block.
+    for rows in (60, 216, 5000):
+        assert runs(20, rows, small, 0) == "2" * 20
+        assert runs(60, rows, small, 60) == "2" + 8 * "1" + "2" + 16 * "1" + "2" + 32 * "1" + "2"
+        assert runs(31, rows, small, 1) == "2" + 8 * "1" + 22 * "2"
+        assert runs(20, rows, always, 20) == "2" * 20
+        assert runs(20, rows, 10e3, 0) == "1" * 20
+    always_late = runs(30_000, 60, small, 30_000)
     assert always_late.count("2") < 20 and 4096 * "1" + "2" in always_late and 4097 * "1" not in always_late
-    assert runs("late", *["in time"] * 30) == "2" + 8 * "1" + 22 * "2"
 
 
 FORKING = Path(__file__).parent / "forking.py"
@@ -119,12 +148,12 @@ def threads_after(num_atoms):
     return len(os.listdir("/proc/self/task"))
 torch.rand(3).requires_grad_().sum().backward()  # whatever threads autograd wants
 before = threads_after(1)
-print(threads_after(20) - before, threads_after(3000) - before)
+print(threads_after(10) - before, threads_after(3000) - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_list_of_20_atoms_makes_no_threads(cpu_backend):
+def test_a_list_of_10_atoms_makes_no_threads(cpu_backend):
     """Two threads pay from 20 us of work on."""
     script = subprocess.run(
         [sys.executable, "-c", NUMBER_OF_THREADS], capture_output=True, text=True, timeout=100
