@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def pytest_outcome(text: str) -> dict[str, int]:
 
 
 def sanitize(options: argparse.Namespace, deadline: Deadline) -> dict:
-    """The set alone first, then under each tool; without torch's caching, which hides a block's end."""
+    """The set alone, then under all tools at once; without torch's caching, which hides a block's end."""
     alone = run(
         python(BENCHMARKS / "sanitizer_set.py", "--device", "cuda"),
         options.out / "sanitize-alone.log",
@@ -185,17 +186,23 @@ def sanitize(options: argparse.Namespace, deadline: Deadline) -> dict:
         return facts | {"status": "no compute-sanitizer"}
     if not alone.ok:
         return facts
-    for tool in options.tools:
-        ended = run(
+
+    def watched(tool: str) -> Ended:
+        return run(
             [program, "--tool", tool, "--target-processes", "all", "--print-limit", "10000",
              *python(BENCHMARKS / "sanitizer_set.py", "--device", "cuda")],
             options.out / f"sanitize-{tool}.log",
             deadline.left(),
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
-        facts["seconds"] = round(facts["seconds"] + ended.seconds, 1)
+
+    with ThreadPoolExecutor() as pool:
+        results = dict(zip(options.tools, pool.map(watched, options.tools), strict=True))
+    for tool, ended in results.items():
         facts["tools"][tool] = ended.facts() | read_sanitizer_log(ended.text(), tool)
         print(f"  {tool}: {facts['tools'][tool]['verdict']} ({ended.seconds:.0f} s)", flush=True)
+    longest = max((ended.seconds for ended in results.values()), default=0.0)
+    facts["seconds"] = round(facts["seconds"] + longest, 1)
     clean = all(found["verdict"] == "clean" for found in facts["tools"].values())
     return facts | {"status": "ok" if clean else "not clean"}
 

@@ -44,15 +44,14 @@ def test_an_adapter_is_small(path):
 
 def test_importing_diffnl_imports_none_of_the_packages():
     before = "import torch, sys; known = set(sys.modules); import diffnl"
-    loaded = run(f"{before}\nprint(*{{name.partition('.')[0] for name in set(sys.modules) - known}})")
+    loaded = run(f"{before}\nprint(*(set(sys.modules) - known))")
     assert "diffnl" in loaded
-    assert not set(loaded) & set(OTHERS)
-    assert not run(f"{before}\nprint(*[name for name in sys.modules if name.startswith('diffnl.ad')])")
+    assert not {name.partition(".")[0] for name in loaded} & set(OTHERS)
+    assert not [name for name in loaded if name.startswith("diffnl.ad")]
 
 
-@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
-def test_importing_an_adapter_imports_no_package(path):
-    run(f"{BLOCKED}\nimport diffnl.adapters.{path.stem}")
+def test_importing_the_adapters_imports_no_package():
+    run(BLOCKED + "".join(f"\nimport diffnl.adapters.{path.stem}" for path in ADAPTERS))
 
 
 def test_the_block_blocks():
