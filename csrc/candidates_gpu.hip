@@ -34,8 +34,11 @@ __device__ inline void make_drift_of(const GpuSelection<T>& s, int64_t b) {
   const bool *now = s.pbc + b * s.pbc_stride, *then = s.kept.pbc + b * s.pbc_stride;
   const bool same = has_candidates(s) && now[0] == then[0] && now[1] == then[1] && now[2] == then[2];
   if (same && make_drift(s.kept.cell + 9 * b, s.cell + 9 * b, now, drift.drift)) {
-    const int64_t first = s.kept.first_of_system[b], last = s.kept.first_of_system[b + 1];
-    const int64_t i = first < last ? s.kept.order[first] : 0;
+    int64_t i = 0;
+    if (s.num_systems > 1) {
+      const int64_t first = s.kept.first_of_system[b], last = s.kept.first_of_system[b + 1];
+      if (first < last) i = s.kept.order[first];
+    }
     set_origin(drift.drift, s.kept.positions + 3 * i, s.positions + 3 * i);
     return;
   }

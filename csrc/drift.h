@@ -31,6 +31,7 @@ struct Drift {
   SearchCell old, now;
   double F[9];
   double stretch;                       // sigma_min(F)
+  bool same_cell;                       // then and now: F is the identity, and a GPU computes little
   double still2;                        // no atom jumps whose |r - r_old F|^2 is below
   double old_origin[3], now_origin[3];  // where one of its atoms was, and is
 };
@@ -69,12 +70,21 @@ DIFFNL_HD inline double least_singular_value(const double* m) {
 // False for a cell that no search would take. An origin is still to be set.
 template <typename T>
 DIFFNL_HD inline bool make_drift(const T* old_cell, const T* cell, const bool* pbc, Drift& out) {
-  if (!make_search_cell(old_cell, pbc, out.old) || !make_search_cell(cell, pbc, out.now)) return false;
-  const double *inverse = out.old.inverse, *h = out.now.h;
-  for (int r = 0; r < 3; ++r)
-    for (int c = 0; c < 3; ++c)
-      out.F[3 * r + c] = inverse[3 * r] * h[c] + inverse[3 * r + 1] * h[3 + c] + inverse[3 * r + 2] * h[6 + c];
-  out.stretch = least_singular_value(out.F);
+  if (!make_search_cell(old_cell, pbc, out.old)) return false;
+  out.same_cell = true;
+  for (int c = 0; c < 9; ++c) out.same_cell = out.same_cell && old_cell[c] == cell[c];
+  if (out.same_cell) {
+    out.now = out.old;
+    for (int c = 0; c < 9; ++c) out.F[c] = c % 4 == 0 ? 1.0 : 0.0;
+    out.stretch = 1.0;
+  } else {
+    if (!make_search_cell(cell, pbc, out.now)) return false;
+    const double *inverse = out.old.inverse, *h = out.now.h;
+    for (int r = 0; r < 3; ++r)
+      for (int c = 0; c < 3; ++c)
+        out.F[3 * r + c] = inverse[3 * r] * h[c] + inverse[3 * r + 1] * h[3 + c] + inverse[3 * r + 2] * h[6 + c];
+    out.stretch = least_singular_value(out.F);
+  }
   for (int c = 0; c < 3; ++c) out.old_origin[c] = out.now_origin[c] = 0.0;
   // A fractional coordinate of u is at most |u| / height: below 1/2 it rounds to 0.
   out.still2 = std::numeric_limits<double>::infinity();
@@ -158,7 +168,7 @@ template <typename T>
 DIFFNL_HD inline double margin(const Drift& drift, double moved2, double spread, double cutoff, double radius) {
   const double apart = 4.0 * spread;  // 2 sqrt(3) would do
   const VectorRounding then = vector_rounding<T>(drift.old, apart, radius),
-                       now = vector_rounding<T>(drift.now, apart, radius);
+                       now = drift.same_cell ? then : vector_rounding<T>(drift.now, apart, radius);
   if (then.images_blur || now.images_blur || !(now.relative < 0.5))
     return -std::numeric_limits<double>::infinity();
   const double held = radius - then.relative * (radius + apart);  // candidates hold what was closer than that

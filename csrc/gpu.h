@@ -137,16 +137,20 @@ inline int64_t blocks_in_turns(int64_t size, int64_t block, int64_t threads) {
   throw std::runtime_error(std::string("diffnl: the kernel `") + kernel + "` " + what);
 }
 
-// The runtime keeps the last error of the host thread, whoever made it, until somebody asks. One that is there
+// HIP's runtime keeps the last error of the host thread, whoever made it, until somebody asks. One that is there
 // before a launch is not the launch's: it is told as what it is, once. "Not ready" is an answer, not an error.
+// CUDA's runtime is linked into this library, so nobody else's errors are in it, and ours were told when they were
+// made.
 inline unsigned grid_of_launch(const char* kernel, int64_t blocks, int64_t threads) {
   if (blocks > most_blocks(threads))
     launch_error(kernel, "takes " + std::to_string(blocks) + " blocks, and this device " +
                              std::to_string(most_blocks(threads)) + " at once: the input is too large");
+#if !defined(DIFFNL_CUDA)
   const hipError_t earlier = hipGetLastError();
   if (earlier != hipSuccess && earlier != hipErrorNotReady)
     launch_error(kernel, std::string("was not launched: an earlier GPU operation of this program had failed: ") +
                              hipGetErrorString(earlier));
+#endif
   return static_cast<unsigned>(blocks);
 }
 

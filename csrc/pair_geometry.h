@@ -303,7 +303,7 @@ DIFFNL_HD inline double fewest_pairs(const SearchCell& cell, const AtomRange& ra
                                      double num_atoms) {
   constexpr double unit_ball[4] = {1.0, 2.0, 3.14159265358979, 4.0 / 3.0 * 3.14159265358979};
   int periodic = 0;
-  double lengths = 0.0, volume = 1.0 / cell.condition, across2 = 0.0;
+  double lengths = 0.0, volume = 1.0, across2 = 0.0;
   for (int k = 0; k < 3; ++k) {
     if (cell.periodic[k]) {
       ++periodic;
@@ -317,7 +317,7 @@ DIFFNL_HD inline double fewest_pairs(const SearchCell& cell, const AtomRange& ra
   const double within = across2 > 0.0 ? std::sqrt(std::max(cutoff * cutoff - across2, 0.0)) : cutoff;
   const double radius = within - lengths;
   if (!(radius > 0.0)) return 0.0;
-  double images = unit_ball[periodic] / volume;
+  double images = unit_ball[periodic] * cell.condition / volume;
   for (int k = 0; k < periodic; ++k) images *= radius;
   return num_atoms * std::max(num_atoms * images - 1.0, 0.0) / 2.0;
 }

@@ -40,7 +40,8 @@ constexpr double kLate = 1e6;
 inline int64_t num_threads() { return int64_t(torch::stable::get_num_threads()); }
 
 inline bool pays_for_threads(double work) {
-  return work >= kLeastForEachThread * static_cast<double>(num_threads());
+  // Tiny work does not ask torch, which takes longer than the comparison.
+  return work >= kLeastForEachThread && work >= kLeastForEachThread * static_cast<double>(num_threads());
 }
 inline bool is_small(double work) { return pays_for_threads(work) && work < kAlwaysThreads; }
 inline SmallRegions small_regions;

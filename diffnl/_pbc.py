@@ -43,14 +43,15 @@ def flags(value: bool | Sequence[bool] | Tensor | None, like: Tensor, cell: Tens
 
 def _from_tensor(value: Tensor, like: Tensor) -> Tensor:
     t = _validate._tensor("pbc", value)
-    if t.dtype != torch.bool and t.dtype not in _validate.INTEGERS:
+    is_bool = t.dtype is torch.bool
+    if not is_bool and t.dtype not in _validate.INTEGERS:
         raise TypeError(f"`pbc` must be a bool tensor, or integers 0 and 1; got {t.dtype}: give pbc.bool()")
     _validate.same_device("pbc", t, like)
     if t.ndim == 0:
         t = t.expand(3)
     if t.ndim > 2 or t.shape[-1] != 3:
         raise ValueError(f"`pbc` must have shape (3,) or (B, 3); got {_validate._shape(t)}")
-    if t.dtype == torch.bool:
+    if is_bool:
         return t
     if not _validate.has_values(t) or t.device.type == "meta":
         raise TypeError(

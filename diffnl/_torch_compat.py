@@ -51,6 +51,15 @@ def dispatch_mode_active() -> bool:
     return _num_modes() > 0
 
 
+def _public_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# The current stream of the GPU with a number, as the integer that it is to CUDA or HIP. An object around it
+# takes 2 us to make.
+current_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream", _public_stream)
+
+
 def _base_apply(function: type[Function], *args):
     # Tensors of a transform that has ended are replaced by what they hold, as `Function.apply` does.
     return super(Function, function).apply(*_unwrap_dead_wrappers(args))

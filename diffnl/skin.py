@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _validate
+from ._torch_compat import current_stream
 from .autograd import Found, Selection, nobody_differentiates, transforms_active, wants_links
 
 # Of how many options and shapes a layer keeps candidates: those that were used last.
@@ -298,4 +299,4 @@ def _shapes(now: tuple) -> tuple:
 
 
 def _stream(device: torch.device) -> int:
-    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    return 0 if device.type == "cpu" else current_stream(device.index)

@@ -246,7 +246,8 @@ def test_peak_memory_sees_what_was_freed_again():
     growth = harness.peak_growth_mb(lambda: torch.ones(2**24).sum(), "cpu")
     if growth is None:
         pytest.skip("the kernel does not reset the high-water mark")
-    assert 60 < growth < 80  # 64 MB of float32, gone when the call returns
+    # 64 MB of float32, gone when the call returns.
+    assert 63 - harness.RESOLUTION_MB < growth < 79 + harness.RESOLUTION_MB
 
 
 def test_peak_memory_of_a_step_in_a_fresh_process():
