@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
-import math
 import os
 import platform
 import subprocess
@@ -23,9 +22,7 @@ DENSITY = 0.1  # atoms per Å³
 CHANGING = (0.03, 0.1, 0.05, 0.08)  # atoms per Å³ from call to call: no call is like the one before it
 JITTER = 0.6  # full width of the uniform displacement of an atom, in lattice spacings
 MEGABYTE = 1024**2
-# The kernel counts resident pages, of 4 kB, per core and in batches (percpu_counter_batch): less is noise.
-CORES = os.cpu_count() or 1
-RESOLUTION_MB = max(1, math.ceil(CORES * max(32, 2 * CORES) * 4096 / MEGABYTE))
+RESOLUTION_MB = 1  # the kernel counts resident pages per core and in batches; smaller growth is noise
 
 
 @dataclass(frozen=True)
