@@ -14,7 +14,6 @@ from . import _advice, _load
 from ._torch_compat import dispatch_mode_active
 
 FLOATS = (torch.float32, torch.float64)
-STRIDED = torch.strided
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -26,7 +25,7 @@ def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         advice = _advice.for_object(name, value)
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}{advice}")
-    if value.layout is not STRIDED:
+    if value.layout is not torch.strided:
         raise TypeError(f"`{name}` must be a dense tensor; got {value.layout}: give {name}.to_dense()")
     return value
 

@@ -34,7 +34,7 @@ STARTS_PROCESSES = [
     *("test_adapters.py", "test_benchmarks.py", "test_build.py", "test_load.py", "test_old_glibc.py"),
     *("test_torch_compat.py", "test_versus.py"),
     "test_concurrency.py::test_a_forked_child_of_a_process_that_has_used_threads",
-    "test_concurrency.py::test_a_list_of_10_atoms_makes_no_threads",
+    "test_concurrency.py::test_a_list_of_20_atoms_makes_no_threads",
     "test_concurrency.py::test_after_late_threads_small_regions_run_on_one",
     "test_concurrency.py::test_ddp_on_two_processes_equals_one",
     "test_ops.py::test_import_of_a_library_that_does_not_load_says_what_to_run",

@@ -1,6 +1,7 @@
 """The benchmarks: same pairs for all libraries, refusals and gaps in the open, rows in the JSON."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -245,15 +246,15 @@ def test_a_failing_entry_does_not_stop_the_others():
 
 # The kernel counts resident pages, of 4 kB, per core and in batches (percpu_counter_batch).
 CORES = os.cpu_count() or 1
-MEMORY_NOISE_MB = max(1.0, CORES * max(32, 2 * CORES) * 4096 / harness.MEGABYTE)
+MEMORY_NOISE_MB = CORES * max(32, 2 * CORES) * 4096 / harness.MEGABYTE
 
 
 def test_peak_memory_sees_what_was_freed_again():
-    growth = harness.peak_growth_mb(lambda: torch.ones(2**24).sum(), "cpu")
+    size = max(64, 16 * math.ceil(MEMORY_NOISE_MB))
+    growth = harness.peak_growth_mb(lambda: torch.ones(size * harness.MEGABYTE // 4).sum(), "cpu")
     if growth is None:
         pytest.skip("the kernel does not reset the high-water mark")
-    # 64 MB of float32, gone when the call returns.
-    assert 63 - MEMORY_NOISE_MB < growth < 79 + MEMORY_NOISE_MB
+    assert 60 / 64 < growth / size < 80 / 64  # of float32, gone when the call returns
 
 
 def test_peak_memory_of_a_step_in_a_fresh_process():
@@ -264,7 +265,7 @@ def test_peak_memory_of_a_step_in_a_fresh_process():
     system = harness.make_system("1000", torch.float32)
     pairs = diffnl.neighbor_pairs(system.positions, system.cell, system.pbc, harness.CUTOFF)
     written = sum(part.nbytes for part in pairs) / harness.MEGABYTE
-    assert written - MEMORY_NOISE_MB < peaks["vectors"] < 10 * written + MEMORY_NOISE_MB
+    assert written - max(harness.RESOLUTION_MB, MEMORY_NOISE_MB) < peaks["vectors"] < 10 * written
 
 
 def test_plot_is_a_png(tmp_path):

@@ -136,29 +136,29 @@ def test_a_forked_child_of_a_process_that_has_used_threads(num_atoms, cpu_backen
 NUMBER_OF_THREADS = """
 import os, torch, diffnl
 torch.set_num_threads(2)
-def threads_after(num_atoms):
+def threads_after(num_atoms, skin):
     edge = (num_atoms / 0.1) ** (1 / 3)
     positions = edge * torch.rand(num_atoms, 3)
     cell = edge * torch.eye(3)
     inputs = positions.requires_grad_(), cell.requires_grad_()
-    diffnl.NeighborList(3.5, skin=0.5)(*inputs, True)
+    diffnl.NeighborList(3.5, skin=skin)(*inputs, True)
     vectors = diffnl.neighbor_pairs(*inputs, True, 3.5).vectors
     grad = torch.empty(vectors.shape).numpy()
     torch.autograd.grad(vectors, inputs, torch.from_numpy(grad))
     return len(os.listdir("/proc/self/task"))
 torch.rand(3).requires_grad_().sum().backward()  # whatever threads autograd wants
-before = threads_after(1)
-print(threads_after(10) - before, threads_after(3000) - before)
+before = threads_after(1, 0.5)
+print(*(threads_after(*one) - before for one in ((20, 0.0), (10, 0.5), (3000, 0.5))))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_list_of_10_atoms_makes_no_threads(cpu_backend):
-    """Two threads pay from 20 us of work on."""
+def test_a_list_of_20_atoms_makes_no_threads(cpu_backend):
+    """Two threads pay from 20 us of work on. A skin searches further, and sorts what it finds."""
     script = subprocess.run(
         [sys.executable, "-c", NUMBER_OF_THREADS], capture_output=True, text=True, timeout=100
     )
-    assert script.stdout == "0 1\n", script.stdout + script.stderr
+    assert script.stdout == "0 0 1\n", script.stdout + script.stderr
 
 
 def test_several_python_threads_at_once(device):

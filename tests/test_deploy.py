@@ -41,12 +41,10 @@ def test_the_library_registers_the_operators_by_itself():
     assert "diffnl.neighbor_pairs.default" in done.stdout
 
 
-NO_CMAKE = "there is no cmake" if shutil.which("cmake") is None else ""
-NO_COMPILER = torch.version.cuda and not (shutil.which("nvcc") or os.environ.get("CUDACXX"))
-without_cmake = pytest.mark.skipif(bool(NO_CMAKE), reason=NO_CMAKE)
-# For tests with torch's own config, which looks for the compiler of the CUDA that torch was built with.
-without_torchs_config = pytest.mark.skipif(
-    bool(NO_CMAKE or NO_COMPILER), reason=NO_CMAKE or "torch's CMake config wants nvcc, and there is none"
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
+needs_torchs_compiler = pytest.mark.skipif(
+    torch.version.cuda is not None and shutil.which(os.environ.get("CUDACXX", "nvcc")) is None,
+    reason="torch's own CMake config looks for the compiler of its CUDA, and there is none",
 )
 
 
@@ -60,7 +58,8 @@ def configure(folder, prefix):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@without_torchs_config
+@needs_cmake
+@needs_torchs_compiler
 def test_cmake_finds_the_package(tmp_path):
     done = configure(tmp_path, diffnl.cmake_prefix_path())
     assert done.returncode == 0, done.stderr
@@ -76,7 +75,7 @@ set(Torch_FOUND TRUE)
 """
 
 
-@without_cmake
+@needs_cmake
 @pytest.mark.parametrize("there", ["_cuda.abi3.so", "_hip.abi3.so"])
 def test_cmake_links_the_kernels_for_the_gpus_of_torch(tmp_path, there):
     """A CUDA torch; a library for it, or for AMD alone."""
@@ -97,7 +96,8 @@ def test_cmake_links_the_kernels_for_the_gpus_of_torch(tmp_path, there):
     assert ("there is no _cuda*.so" in " ".join(done.stderr.split())) == there.startswith("_hip")
 
 
-@without_torchs_config
+@needs_cmake
+@needs_torchs_compiler
 def test_cmake_says_what_is_missing(tmp_path):
     """A package folder without the compiled library."""
     config = tmp_path / "diffnl" / "cmake" / "diffnlConfig.cmake"
