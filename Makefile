@@ -78,7 +78,7 @@ hip: $(VENV)/torch.installed
 # outside of them, but not both at once. A -k in ARGS replaces all this.
 hostgpu: hostgpu-asan hostgpu32 hostgpu64
 # What the host does is the same for all waves.
-hostgpu32: HOST_TESTS := $(addprefix tests/test_,$(addsuffix .py,accepted autograd errors limits))
+hostgpu32: HOST_TESTS := $(addprefix tests/test_,$(addsuffix .py,accepted autograd errors errors_of_functions memory_errors limits))
 hostgpu32: ORDER := HOSTGPU_ORDER=forward
 hostgpu64: ORDER := HOSTGPU_ORDER=reverse
 hostgpu-asan: ORDER := HOSTGPU_ORDER=7
@@ -102,8 +102,9 @@ hostgpu-asan: $(VENV)/test.installed
 	$(QUICK) $(ORDER) $(SANITIZED) PYTHONPATH=build/$@ $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) \
 	    $(CHOSEN) $(ARGS)
 
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,list cutoffs capacity skin accepted options errors distances \
-    derivatives autograd stress stress_conventions testing elastic_constants mlip_steps))
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,list cutoffs capacity skin accepted options errors \
+    errors_of_functions memory_errors distances derivatives autograd stress stress_conventions testing elastic_constants \
+    mlip_steps))
 SEARCH_TESTS := $(addprefix tests/test_,$(addsuffix .py,list bound capacity skin skin_wrapped skin_state cutoffs \
     hypothesis derivatives))
 SHIM := -std=c++20 -Wall -ffp-contract=off -Itests/hostgpu tests/hostgpu/test_shim.cpp tests/hostgpu/hip/hip_runtime.cpp

@@ -31,8 +31,8 @@ OURS = tuple(
 
 # What cannot run there, or would not meet the state, and why. {file or file::test: reason}
 STARTS_PROCESSES = [
-    *("test_adapters.py", "test_benchmarks.py", "test_build.py", "test_load.py", "test_old_glibc.py"),
-    *("test_torch_compat.py", "test_versus.py"),
+    *("test_adapters.py", "test_benchmarks.py", "test_build.py", "test_cuda_run.py", "test_load.py"),
+    *("test_old_glibc.py", "test_torch_compat.py", "test_versus.py"),
     "test_concurrency.py::test_a_forked_child_of_a_process_that_has_used_threads",
     "test_concurrency.py::test_a_list_of_20_atoms_makes_no_threads",
     "test_concurrency.py::test_after_late_threads_small_regions_run_on_one",
