@@ -107,7 +107,7 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,list cutoffs capacity skin
     mlip_steps))
 SEARCH_TESTS := $(addprefix tests/test_,$(addsuffix .py,list bound capacity skin skin_wrapped skin_state cutoffs \
     hypothesis derivatives))
-SHIM := -std=c++20 -Wall -ffp-contract=off -Itests/hostgpu tests/hostgpu/test_shim.cpp tests/hostgpu/hip/hip_runtime.cpp
+SHIM := -std=c++20 -Wall -ffp-contract=off -Itests/hostgpu $(wildcard tests/hostgpu/test_*.cpp) tests/hostgpu/hip/hip_runtime.cpp
 # Fewer examples where an emulator runs the kernels; HYPOTHESIS_PROFILE=thorough asks for more than plenty.
 QUICK := HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),quick)
 

@@ -1,8 +1,6 @@
 """nvalchemi-toolkit-ops: both forms of its list against its own and ASE's, its Coulomb energies, NequIP."""
 
 import inspect
-import subprocess
-import sys
 
 import numpy as np
 import nvalchemiops.torch.neighbors as real
@@ -11,6 +9,16 @@ import torch
 from ase.neighborlist import neighbor_list as ase_neighbor_list
 from nequip.data import AtomicDataDict, from_ase
 from nequip.data.transforms import NeighborListTransform
+from nvalchemi_lists import (
+    METHODS,
+    assert_same,
+    assert_same_kind,
+    batch,
+    coo,
+    index_of,
+    pairs_of_matrix,
+    tensors,
+)
 from nvalchemiops.torch.interactions.electrostatics.coulomb import coulomb_energy_forces
 from recipes import run_recipe
 from structures import CRYSTALS, SLABS, STRUCTURES, canonical, random_box
@@ -20,51 +28,8 @@ from diffnl.adapters.nvalchemi import neighbor_list
 ADAPTER = "nvalchemi-toolkit-ops"
 PACKAGES = ("nvalchemi-toolkit-ops", "warp-lang")
 DTYPES = [torch.float64, torch.float32]
-METHODS = ["naive", "cell_list"]
 # Its methods lose pairs of cells with two zero vectors, or refuse them: that one is held against ASE alone.
 PEERS = {name: atoms for name, atoms in STRUCTURES.items() if name != "wire"} | {"random": random_box()}
-
-
-def tensors(atoms, dtype=torch.float64):
-    positions, cell = (torch.tensor(x, dtype=dtype) for x in (atoms.positions, atoms.cell.array))
-    if not atoms.pbc.any():
-        return positions, None, None
-    return positions, cell, torch.tensor(atoms.pbc)
-
-
-def batch(names, dtype=torch.float64):
-    """Positions, cells, pbc, and where each system begins and ends."""
-    parts = [STRUCTURES[name] for name in names]
-    positions = torch.tensor(np.concatenate([x.positions for x in parts]), dtype=dtype)
-    cell = torch.tensor(np.stack([x.cell.array for x in parts]), dtype=dtype)
-    ptr = torch.tensor(np.cumsum([0] + [len(x) for x in parts]), dtype=torch.int32)
-    return positions, cell, torch.tensor(np.stack([x.pbc for x in parts])), ptr
-
-
-def index_of(ptr):
-    return torch.repeat_interleave(torch.arange(len(ptr) - 1, dtype=torch.int32), ptr.diff())
-
-
-def coo(found, *more):
-    """Sorted pairs of a list in COO form; open lists may come without shifts."""
-    shifts = found[2] if len(found) > 2 else torch.zeros(found[0].shape[1], 3)
-    return canonical(*found[0], shifts, *more)
-
-
-def assert_same(ours, theirs):
-    for mine, other in zip(coo(ours), coo(theirs), strict=True):
-        np.testing.assert_array_equal(mine, other)
-
-
-def assert_same_kind(ours, theirs):
-    """Shapes, dtypes and devices, place by place."""
-    assert [(x.shape, x.dtype, x.device) for x in ours] == [(x.shape, x.dtype, x.device) for x in theirs]
-
-
-def pairs_of_matrix(matrix, number, shifts=None):
-    rows, slots = torch.nonzero(torch.arange(matrix.shape[1]) < number[:, None], as_tuple=True)
-    listed = torch.stack([rows.to(torch.int32), matrix[rows, slots]])
-    return (listed, None) if shifts is None else (listed, None, shifts[rows, slots])
 
 
 def test_signature():
@@ -337,125 +302,6 @@ def test_cut_off_rows_have_gradients():
     torch.testing.assert_close(narrow, wide[:, :5], rtol=0, atol=0)
     grads = [torch.autograd.grad(x.square().sum(), positions)[0] for x in (narrow, wide[:, :5])]
     torch.testing.assert_close(*grads, rtol=0, atol=1e-13)
-
-
-# Errors ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_overflow(method):
-    where = tensors(CRYSTALS["salt"])
-    errors, matrices = [], []
-    for f in (neighbor_list, real.neighbor_list):
-        options = dict(max_neighbors=5, method=method)
-        with pytest.raises(real.NeighborOverflowError) as raised:
-            f(where[0], 4.1, *where[1:], return_neighbor_list=True, **options)
-        errors.append((raised.value.max_neighbors, raised.value.num_neighbors, str(raised.value)))
-        matrices.append(f(where[0], 4.1, *where[1:], **options))
-    assert errors[0] == errors[1]
-    assert_same_kind(*matrices)
-    assert torch.equal(matrices[0][1], matrices[1][1]) and matrices[0][1].min() > 5
-    (most,) = {errors[0][1]}
-    neighbor_list(where[0], 4.1, *where[1:], return_neighbor_list=True, max_neighbors=most)
-
-
-def test_without_its_guess_no_overflow():
-    """The guess is of a matrix; in COO form ours has no limit but a given one, where theirs raises."""
-    positions, cell, pbc = tensors(CRYSTALS["copper_one_atom"])
-    dense = 0.4 * positions, 0.4 * cell, pbc
-    with pytest.raises(real.NeighborOverflowError):
-        real.neighbor_list(dense[0], 4.0, *dense[1:], return_neighbor_list=True)
-    ours = neighbor_list(dense[0], 4.0, *dense[1:], return_neighbor_list=True)
-    theirs = real.neighbor_list(dense[0], 4.0, *dense[1:], return_neighbor_list=True, max_neighbors=500)
-    assert_same(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    "options, error",
-    [
-        (dict(cutoff=0.0), ValueError),
-        (dict(cutoff=None), ValueError),
-        (dict(pbc=None), ValueError),
-        (dict(cell=None), ValueError),
-        (dict(method="bogus"), ValueError),
-        (dict(grid_policy="bogus"), ValueError),
-        (dict(batch_ptr=torch.tensor([0])), ValueError),
-        (dict(something=1), TypeError),
-    ],
-)
-def test_errors_of_both(options, error):
-    positions, cell, pbc = tensors(CRYSTALS["salt"])
-    arguments = dict(positions=positions, cutoff=4.0, cell=cell, pbc=pbc, method="naive") | options
-    for f in (neighbor_list, real.neighbor_list):
-        with pytest.raises(error):
-            f(**arguments)
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("state", object()),
-        ("target_indices", torch.tensor([0])),
-        ("rebuild_flags", torch.tensor([True])),
-        ("pair_fn", print),
-        ("return_state", True),
-        ("neighbor_vectors", torch.zeros(8, 64, 3)),
-    ],
-)
-def test_not_here(name, value):
-    with pytest.raises(TypeError, match=name):
-        neighbor_list(*tensors(CRYSTALS["salt"])[:1], 4.0, **{name: value})
-
-
-def test_dtypes_that_do_not_match():
-    positions, cell, pbc = tensors(CRYSTALS["salt"])
-    with pytest.raises(TypeError, match="dtype"):
-        neighbor_list(positions.float(), 4.0, cell, pbc)
-    with pytest.raises(TypeError, match="two cutoffs"):
-        neighbor_list(positions, 4.0, cell, pbc, cutoff2=5.0, return_vectors=True)
-    with pytest.raises(ValueError, match="system_idx"):
-        neighbor_list(positions, 4.0, batch_ptr=torch.tensor([0, 3, 5]))
-
-
-@pytest.mark.parametrize("method", real.__dict__["NEIGHBOR_LIST_STRATEGIES"])
-def test_every_method_is_a_name(method):
-    where = tensors(CRYSTALS["salt"])
-    plain = neighbor_list(where[0], 4.0, *where[1:])
-    space = dict(max_atoms_per_system=8, cell_offsets=torch.zeros(1), sorted_positions=torch.zeros(1))
-    for name in (method, "batch_" + method):
-        for tensor, same in zip(
-            neighbor_list(where[0], 4.0, *where[1:], method=name, **space), plain, strict=True
-        ):
-            assert torch.equal(tensor, same)
-
-
-def test_space_for_its_searches_is_accepted():
-    """All arguments of its methods but those for what this adapter does not do."""
-    names = set()
-    for f in (real.naive_neighbor_list, real.cell_list, real.batch_naive_neighbor_list, real.batch_cell_list):
-        names |= {name for name in inspect.signature(f).parameters if not name.startswith("_")}
-    names -= set(inspect.signature(neighbor_list).parameters)
-    missing = {"target_indices", "rebuild_flags", "neighbor_vectors", "neighbor_distances"}
-    missing |= {name for name in names if name.startswith("pair_")}
-    outputs = {"max_neighbors", "neighbor_matrix", "num_neighbors", "neighbor_matrix_shifts"}
-    outputs |= {"return_distances", "return_vectors"}
-    assert len(names - missing - outputs) > 10
-    positions = tensors(STRUCTURES["ethanol"])[0]
-    for name in names - missing - outputs:
-        assert len(neighbor_list(positions, 4.0, **{name: "anything"})) == 2
-
-
-def test_the_package_is_not_needed():
-    code = (
-        "import sys, torch; sys.modules['nvalchemiops'] = None; sys.modules['warp'] = None\n"
-        "from diffnl.adapters.nvalchemi import neighbor_list\n"
-        "positions = torch.rand(50, 3)\n"
-        "assert neighbor_list(positions, 0.5)[1].sum() > 0\n"
-        "try: neighbor_list(positions, 0.5, max_neighbors=1, return_neighbor_list=True)\n"
-        "except ValueError as error: print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "max_neighbors" in done.stdout
 
 
 # What uses it ------------------------------------------------------------------------------------
