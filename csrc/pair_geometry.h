@@ -67,8 +67,11 @@ DIFFNL_HD inline void cross(const double* a, const double* b, double* out) {
 
 DIFFNL_HD inline double norm(const double* a) { return std::sqrt(a[0] * a[0] + a[1] * a[1] + a[2] * a[2]); }
 
+// Squares of areas between these keep all their digits in float64. Cells of float32 have no others.
+constexpr double kLeastArea = 1e-145, kLargestArea = 1e150;
+
 // Completes the periodic rows with orthonormal ones. Returns false when the periodic vectors are zero or
-// linearly dependent to within the rounding of T. Local arrays have constant indices only: on a GPU they live in
+// linearly dependent to within the rounding of T, or so short or long that areas cannot be computed. Local arrays have constant indices only: on a GPU they live in
 // registers.
 template <typename T>
 DIFFNL_HD inline bool make_search_cell(const T* cell, const bool* pbc, SearchCell& out) {
@@ -124,6 +127,7 @@ DIFFNL_HD inline bool make_search_cell(const T* cell, const bool* pbc, SearchCel
   }
   const double areas[3] = {norm(bc), norm(ca), norm(ab)};
   for (int k = 0; k < 3; ++k) {
+    if (!(areas[k] >= kLeastArea && areas[k] <= kLargestArea)) return false;
     out.height[k] = std::abs(det) / areas[k];
     out.per_height[k] = areas[k] * std::abs(inverse_det);
   }

@@ -28,7 +28,10 @@ double work_of(const PairList& list) { return 5.0 * static_cast<double>(list.num
   const int64_t i = list.mapping[p], j = list.mapping[list.capacity + p];
   if (i < 0 || i >= list.num_atoms) data_error("mapping_out_of_range", i, p);
   if (j < 0 || j >= list.num_atoms) data_error("mapping_out_of_range", j, p);
-  data_error("system_idx_out_of_range", list.system_idx[i], i);
+  for (const int64_t atom : {i, j})
+    if (list.system_idx[atom] < 0 || list.system_idx[atom] >= list.num_systems)
+      data_error("system_idx_out_of_range", list.system_idx[atom], atom);
+  data_error("mapping_across_systems", i, j);
 }
 
 // True when reading atoms i and j and the system of i stays inside the tensors.
@@ -36,6 +39,11 @@ inline bool pair_in_range(const PairList& list, int64_t i, int64_t j) {
   const uint64_t n = static_cast<uint64_t>(list.num_atoms), systems = static_cast<uint64_t>(list.num_systems);
   if (static_cast<uint64_t>(i) >= n || static_cast<uint64_t>(j) >= n) return false;
   return list.system_idx == nullptr || static_cast<uint64_t>(list.system_idx[i]) < systems;
+}
+
+// Of atoms in range. A pair across systems has no cell of its own.
+inline bool pair_in_one_system(const PairList& list, int64_t i, int64_t j) {
+  return list.system_idx == nullptr || list.system_idx[i] == list.system_idx[j];
 }
 
 }  // namespace
@@ -46,7 +54,7 @@ void pair_vectors_cpu(const PairList& list, const T* positions, const T* cell, T
   parallel_blocks(list.num_pairs, kPairBlock, work_of(list), [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
       const int64_t i = list.mapping[p], j = list.mapping[list.capacity + p];
-      if (!pair_in_range(list, i, j)) {
+      if (!pair_in_range(list, i, j) || !pair_in_one_system(list, i, j)) {
         bad_pair = p;
         return;
       }

@@ -51,7 +51,7 @@ __global__ __launch_bounds__(kThreads) void vectors_of_mapping(GpuPairList list,
     int64_t b = 0;
     if (in_range && cell != nullptr && list.system_idx != nullptr) {
       b = list.system_idx[i];
-      in_range = static_cast<uint64_t>(b) < static_cast<uint64_t>(list.num_systems);
+      in_range = static_cast<uint64_t>(b) < static_cast<uint64_t>(list.num_systems) && b == list.system_idx[j];
     }
     if (in_range) {
       Vec3<T> t{0, 0, 0};

@@ -53,7 +53,7 @@ def _from_tensor(value: Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"`pbc` must have shape (3,) or (B, 3); got {_validate._shape(t)}")
     if is_bool:
         return t
-    if not _validate.has_values(t) or t.device.type == "meta":
+    if not _validate.has_values(t):
         raise TypeError(
             f"`pbc` must be a bool tensor where nobody may look at its values; got {t.dtype}: give pbc.bool()"
         )

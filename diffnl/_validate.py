@@ -197,7 +197,7 @@ def system_of_atom(system_idx_value: Tensor | None, cell: Tensor, positions: Ten
 
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA or HIP graph is being captured, in which nothing can wait for the device."""
-    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_traced() -> bool:
@@ -206,8 +206,9 @@ def is_traced() -> bool:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether Python may look at values: not where operations are compiled, traced or captured for later."""
-    return not (is_traced() or is_capturing(t.device))
+    """Whether Python may look at values: not where there are none, nor where operations are compiled, traced or
+    captured for later."""
+    return not (t.is_meta or is_traced() or is_capturing(t.device))
 
 
 def mapping(value: Tensor, like: Tensor) -> Tensor:
@@ -301,7 +302,8 @@ DATA_ERRORS = {
     "positions_not_finite": "`positions` must be finite; got {row} for atom {a}",
     "cell_not_finite": "`cell` must be finite; got {row} for system {a}",
     "cell_singular": (
-        "`cell` must have linearly independent vectors on its periodic axes; got {row} for system {a}"
+        "`cell` must have linearly independent vectors on its periodic axes, with lengths between 1e-72 and "
+        "1e74; got {row} for system {a}"
     ),
     "system_idx_out_of_range": "`system_idx` must be in [0, {systems}); got {a} for atom {b}",
     "shift_overflows": (
@@ -319,6 +321,9 @@ DATA_ERRORS = {
         "more: wrap the positions into the cell, or take full=False and no skin"
     ),
     "mapping_out_of_range": "`mapping` must hold atom numbers in [0, {atoms}); got {a} in pair {b}",
+    "mapping_across_systems": (
+        "`mapping` must hold pairs of atoms of one system; got atom {a} with atom {b} of another"
+    ),
 }
 
 

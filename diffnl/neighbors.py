@@ -97,8 +97,8 @@ class NeighborList(nn.Module):
             and HIP graphs, and wherever shapes must not depend on data. None: `Pairs`.
         skin: >= 0, in the length unit of the positions. Above 0 the layer keeps the pairs within cutoff +
             skin, and searches again only when a pair could have been missed, not when atoms are wrapped into
-            the cell; rows are then sorted. What it returns, and its gradients, are those of a fresh list at
-            every call. It keeps candidates of the last four shapes (on a GPU: of each thread). With a
+            the cell; rows are then sorted. What it returns is a fresh sorted list at every call, bit for bit,
+            and so are its gradients, on a GPU up to the order in which those of the cell are summed. It keeps candidates of the last four shapes (on a GPU: of each thread). With a
             capacity on a GPU the device decides, in CUDA and HIP graphs too, which the layer must outlive;
             the capacity must leave room for what is kept, see `estimate_capacity`. In compiled graphs, under
             `torch.func` and while something traces operators it searches every time. Copies and pickles
@@ -130,8 +130,11 @@ class NeighborList(nn.Module):
         sorted: bool = False,
         capacity: int | None = None,
         skin: float = 0.0,
+        **unknown: object,
     ):
         super().__init__()
+        if unknown:
+            _options.unexpected(unknown, "NeighborList")
         self.cutoff = cutoff
         self.full = full
         self.sorted = sorted
@@ -199,6 +202,7 @@ def estimate_capacity(
     full: bool = True,
     skin: float = 0.0,
     slack: float = 0.25,
+    **unknown: object,
 ) -> int:
     """A `capacity` for systems like this one: its number of pairs and a share to spare, in steps of 256.
 
@@ -217,6 +221,8 @@ def estimate_capacity(
         ValueError, TypeError: as `neighbor_pairs`; several cutoffs; a skin or a slack that is not a finite
             number >= 0.
     """
+    if unknown:
+        _options.unexpected(unknown, "estimate_capacity")
     slack, skin, cutoff = _options.slack(slack), _options.skin(skin), _options.cutoff(cutoff)
 
     def count(cutoff: float) -> int:
@@ -345,6 +351,7 @@ def pair_vectors(
     mapping: Tensor,
     shifts: Tensor,
     system_idx: Tensor | None = None,
+    **unknown: object,
 ) -> Tensor:
     """Vectors v = (r_j - r_i) + S @ h of a list that exists, in the exact arithmetic of `neighbor_pairs`.
 
@@ -359,10 +366,13 @@ def pair_vectors(
         (P, 3), dtype of `positions`; differentiable in `positions` and `cell` to every order.
 
     Raises:
-        ValueError: wrong shapes or devices; on the CPU an atom number outside [0, N), a system outside [0, B)
-            or a shift that does not fit. On a GPU such a pair gets NaN instead: raising would mean waiting.
+        ValueError: wrong shapes or devices; on the CPU an atom number outside [0, N), a system outside [0, B),
+            a pair of atoms of two systems or a shift that does not fit. On a GPU such a pair gets NaN instead:
+            raising would mean waiting.
         TypeError: wrong types or dtypes.
     """
+    if unknown:
+        _options.unexpected(unknown, "pair_vectors")
     positions = _validate.positions(positions)
     cell = None if cell is None else _validate.cell(cell, positions)
     mapping = _validate.mapping(mapping, positions)

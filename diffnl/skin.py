@@ -104,7 +104,7 @@ class Skin:
         positions, cell, pbc, system_idx = where
         if (
             # Who traces or fakes operators must not be given what was found by another call.
-            _validate.is_traced() or transforms_active() or positions.shape[0] == 0
+            _validate.is_traced() or transforms_active() or positions.shape[0] == 0 or positions.is_meta
         ):
             return None
         if positions.device.type not in _ops.LINKED_DEVICES:

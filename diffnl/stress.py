@@ -21,7 +21,7 @@ _TO_VASP, _FROM_VASP = (0, 1, 2, 5, 3, 4), (0, 1, 2, 4, 5, 3)  # to and from xx 
 
 
 def strained(
-    positions: Tensor, cell: Tensor, strain: Tensor, system_idx: Tensor | None = None
+    positions: Tensor, cell: Tensor, strain: Tensor, system_idx: Tensor | None = None, **unknown: object
 ) -> tuple[Tensor, Tensor]:
     """Positions and cell under a homogeneous strain: r -> r (1 + eps), h -> h (1 + eps).
 
@@ -36,6 +36,8 @@ def strained(
     Returns:
         The strained positions (N, 3) and cell, differentiable in all inputs.
     """
+    if unknown:
+        _options.unexpected(unknown, "strained")
     positions = _validate.positions(positions)
     system_idx = _validate.system_of_atom(system_idx, _validate.cell(cell, positions), positions)
     eps = _validate.strain(strain, cell)
@@ -53,6 +55,7 @@ def forces_and_stress(
     system_idx: Tensor | None = None,
     *,
     create_graph: bool = False,
+    **unknown: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Forces -dE/dr and the stress of an energy.
 
@@ -92,6 +95,8 @@ def forces_and_stress(
             `positions`.
         TypeError: wrong types or dtypes.
     """
+    if unknown:
+        _options.unexpected(unknown, "forces_and_stress")
     create_graph = _options.flag("create_graph", create_graph)
     positions = _validate.requires_grad("positions", _validate.positions(positions))
     if cell is None:
@@ -183,7 +188,8 @@ def to_virial(stress: Tensor, cell: Tensor) -> Tensor:
     """
     _validate.shape_of_cell("stress", stress, cell)
     volume, exists = _volumes(cell)
-    return torch.where(exists, -volume * torch.where(exists, stress, 0.0), math.nan)
+    product = -volume * torch.where(exists, stress, 0.0).double()
+    return torch.where(exists, product.to(stress.dtype), math.nan)
 
 
 def from_virial(virial: Tensor, cell: Tensor) -> Tensor:
@@ -192,18 +198,30 @@ def from_virial(virial: Tensor, cell: Tensor) -> Tensor:
     return _per_volume(-virial, cell)
 
 
+def has_volume(cell: Tensor) -> Tensor:
+    """(...) bool: whether the rows of cells (..., 3, 3) span a volume, and are not one plane's within rounding.
+
+    The limit on |det h| / (|a| |b| |c|) is that of the search for periodic axes (csrc/pair_geometry.h).
+    """
+    return _volumes(cell)[1][..., 0, 0]
+
+
 def _volumes(cell: Tensor) -> tuple[Tensor, Tensor]:
-    """|det h| = |a . (b x c)| and whether it is above 0, (..., 1, 1)."""
-    a, b, c = cell.unbind(-2)
+    """|det h| = |a . (b x c)| in float64, and whether there is one (`has_volume`), (..., 1, 1)."""
+    a, b, c = cell.double().unbind(-2)
     volume = (a * torch.linalg.cross(b, c)).sum(-1).abs()[..., None, None]
-    return volume, volume > 0
+    # Without derivatives: that of the length of a row of zeros is NaN.
+    lengths = cell.detach().double().square().sum(-1).sqrt().prod(-1)[..., None, None]
+    rounding = 16.0 * torch.finfo(torch.float32).eps if cell.dtype is torch.float32 else 1e-12
+    return volume, volume.detach() > rounding * lengths
 
 
 def _per_volume(values: Tensor, cell: Tensor) -> Tensor:
     """`values` / V, (..., 3, 3), NaN without a volume."""
     volume, exists = _volumes(cell)
     # Masked on both sides of the division: its derivative at a volume of 0 is infinite, and 0 times that NaN.
-    return torch.where(exists, values / torch.where(exists, volume, 1.0), math.nan)
+    quotient = values.double() / torch.where(exists, volume, 1.0)
+    return torch.where(exists, quotient.to(values.dtype), math.nan)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

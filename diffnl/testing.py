@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _options, _pbc, _validate
 from .neighbors import neighbor_pairs
-from .stress import forces_and_stress, strained
+from .stress import forces_and_stress, has_volume, strained
 
 # Finite differences and one-sided limits, as fractions of the cutoff.
 LARGEST_STEP = 2e-4
@@ -162,8 +162,9 @@ class _Checker:
         step = _gap_to_cutoff(frame, pbc, cutoff) / 5
         self.step = min(max(step, SMALLEST_STEP * cutoff), LARGEST_STEP * cutoff)
         # In float64, as all that is checked: torch lowers the precision of no product of these.
-        volume = 0.0 if frame.cell is None else float(torch.linalg.det(frame.cell).abs())
-        self.volume = volume or None
+        self.volume = None
+        if frame.cell is not None and bool(has_volume(frame.cell)):
+            self.volume = float(torch.linalg.det(frame.cell).abs())
         self.here = self.answer(frame)
 
     def checks(self) -> Iterator[Check]:

@@ -193,3 +193,23 @@ def test_a_cell_with_one_long_vector(device):
     pairs = assert_list(positions, cell, KINDS["periodic"], 1000.5, torch.float64, device)
     rows = [int(math.sqrt(1000.5**2 - (300 * n) ** 2)) for n in (-3, -2, -1, 0, 1, 2, 3)]
     assert pairs.mapping.shape[1] == sum(2 * row + 1 for row in rows) - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unit", [1e-140, 1e-90, 1e-82, 1e-70, 1e72, 1e76, 1e90, 1e140], ids=str)
+def test_lengths_whose_products_leave_float64(unit, kind, device):
+    """The list in another unit of length is the same, or an error, which is told: never a shorter one."""
+    positions, cell = torch.rand(8, 3, generator=generator(1), dtype=torch.float64), torch.eye(3).double()
+    pairs = diffnl.neighbor_pairs(5.0 * positions, 5.0 * cell, KINDS[kind], 2.5, sorted=True)
+    arguments = (5.0 * unit * positions).to(device), (5.0 * unit * cell).to(device), KINDS[kind], 2.5 * unit
+    if kind in ("slab", "periodic") and not 1e-72 < unit < 1e74:
+        with pytest.raises(ValueError, match="with lengths between 1e-72 and 1e74"):
+            diffnl.neighbor_pairs(*arguments)
+        return
+    try:
+        found = diffnl.neighbor_pairs(*arguments, sorted=True)
+    except ValueError as error:
+        assert kind == "wire" and not 1e-72 < unit < 1e74 and "with lengths between" in str(error)
+    else:
+        assert len(pairs.shifts) > 0 and torch.equal(found.mapping.cpu(), pairs.mapping)
+        assert torch.equal(found.shifts.cpu(), pairs.shifts)

@@ -40,7 +40,9 @@ def test_pair_vectors(name, device):
     raises(error, text, diffnl.pair_vectors, **on(device, LIST | arguments))
 
 
-BATCH_LIST = dict(cell=BATCH, system_idx=INDEX)
+OF_ONE_SYSTEM = torch.ones_like(INDEX)
+BATCH_LIST = dict(cell=BATCH, system_idx=OF_ONE_SYSTEM)
+SELVES = torch.tensor([[0, 1], [0, 1]])
 NO_SHIFTS = torch.zeros(2, 3, dtype=torch.int64)
 OUT_OF_RANGE = {
     "shifts_large": (
@@ -73,12 +75,24 @@ OUT_OF_RANGE = {
         ["`mapping`", "[0, 3)", "3", "pair 1"],
     ),
     "system_idx_large": (
-        dict(cell=BATCH, system_idx=changed(INDEX, 1, 2)),
+        dict(cell=BATCH, system_idx=changed(OF_ONE_SYSTEM, 1, 2), mapping=SELVES),
         ["`system_idx`", "[0, 2)", "2", "atom 1"],
     ),
     "system_idx_negative": (
-        dict(cell=BATCH, system_idx=changed(INDEX, 1, -1)),
+        dict(cell=BATCH, system_idx=changed(OF_ONE_SYSTEM, 1, -1), mapping=SELVES),
         ["`system_idx`", "[0, 2)", "-1", "atom 1"],
+    ),
+    "system_idx_of_a_neighbor": (
+        dict(cell=BATCH, system_idx=changed(OF_ONE_SYSTEM, 2, 7)),
+        ["`system_idx`", "[0, 2)", "7", "atom 2"],
+    ),
+    "system_idx_of_a_neighbor_and_one_cell": (
+        dict(system_idx=changed(0 * INDEX, 2, 7)),
+        ["`system_idx`", "[0, 1)", "7", "atom 2"],
+    ),
+    "mapping_across_systems": (
+        dict(cell=BATCH, system_idx=changed(OF_ONE_SYSTEM, 2, 0)),
+        ["`mapping`", "of one system", "atom 1 with atom 2 of another"],
     ),
 }
 
@@ -103,13 +117,13 @@ def raises_out_of_range(name, device, gpu_kernels):
 
 
 def out_of_range(positions, cell, mapping, shifts, system_idx=None):
-    """(P,) whether a pair leads outside the tensors, or its shift outside int32."""
+    """(P,) whether a pair leads outside the tensors or its system, or its shift outside int32."""
     inside = (mapping >= 0) & (mapping < len(positions))
     shifts = shifts.long()  # a GPU compares int32 with 2**31 in int32
     inside = inside & ((shifts >= -(2**31)) & (shifts < 2**31)).all(1)
     if system_idx is not None:
-        owner = system_idx[mapping[0].clamp(0, len(positions) - 1)]
-        inside = inside & (owner >= 0) & (owner < len(cell))
+        owner = system_idx[mapping.clamp(0, len(positions) - 1)]
+        inside = inside & (owner >= 0) & (owner < cell.numel() // 9) & (owner[0] == owner[1])
     return ~inside.all(0)
 
 

@@ -66,6 +66,22 @@ def test_what_to_write(name, function):
     assert advice in str(caught.value)
 
 
+def test_no_function_takes_a_name_of_another_code():
+    """Nor keeps quiet about what it is here."""
+    r, h, pairs = R, H, torch.zeros(2, 1).long()
+    calls = {
+        "strained": lambda: diffnl.strained(r, h, 0.0 * h, batch=INDEX),
+        "forces_and_stress": lambda: diffnl.forces_and_stress(r.sum(), r, h, batch=INDEX),
+        "pair_vectors": lambda: diffnl.pair_vectors(r, h, pairs, torch.zeros(1, 3).int(), batch=INDEX),
+        "estimate_capacity": lambda: diffnl.estimate_capacity(r, h, True, 2.0, batch=INDEX),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"{name} has no argument `batch`: here that is `system_idx`"):
+            call()
+    with pytest.raises(TypeError, match="NeighborList has no argument `half`: here that is `full`"):
+        diffnl.NeighborList(2.0, half=True)
+
+
 def test_the_advice_for_atoms_works():
     """What the message says to write gives the list."""
     where = torch.as_tensor(ATOMS.positions), torch.as_tensor(ATOMS.cell.array), ATOMS.pbc
@@ -93,6 +109,19 @@ def test_lists_on_the_meta_device_have_shapes():
     assert diffnl.pair_vectors(r, h, torch.zeros_like(shifts[:, :2].T), shifts).shape == (5, 3)
     with pytest.raises(ValueError, match="`cutoff` must have a value"):
         diffnl.NeighborList(torch.tensor(2.0, device="meta"))
+    pairs = diffnl.NeighborList(2.0, capacity=9, skin=1.0)(r, h, True)
+    assert pairs.vectors.shape == (9, 3) and pairs.num_pairs.is_meta
+
+
+def test_what_has_no_values_is_not_looked_at():
+    """On the meta device, with a torch for CPUs too: shapes come back, and words where values are needed."""
+    r, h, index = R.to("meta"), H.repeat(2, 1, 1).to("meta"), INDEX.to("meta")
+    moved, cells = diffnl.strained(r, h, torch.zeros_like(h), index)
+    assert moved.shape == r.shape and cells.shape == h.shape
+    flags = torch.ones(3, dtype=torch.int64, device="meta")
+    for capacity in (None, 9):
+        with pytest.raises(TypeError, match="`pbc` must be a bool tensor where nobody may look"):
+            diffnl.neighbor_pairs(r, H.to("meta"), flags, 2.0, capacity=capacity)
 
 
 @pytest.mark.parametrize(

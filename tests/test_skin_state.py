@@ -104,14 +104,16 @@ def test_reset_frees_what_graphs_write(capturing, device):
 
 
 def test_a_default_device_changes_nothing(device):
-    """Systems of a batch that are searched by themselves: 230 pairs for 114 under "meta"."""
-    cell = torch.stack([tensor(cubic(6.0)), tensor(cubic(7.0))]).to(device)
-    system_idx = (torch.arange(30) % 2).to(device)
+    """Two systems of a batch that are searched again without the third, and are numbered anew for that: without
+    `device=` all their atoms were in one of them under "meta"."""
+    cell = torch.stack([tensor(cubic(edge)) for edge in (6.0, 7.0, 6.5)]).to(device)
+    system_idx = (torch.arange(30) % 3).to(device)
     positions = scatter(30, cubic(6.0), 3).to(device)
     layer = diffnl.NeighborList(3.0, skin=0.5)
     padded = diffnl.NeighborList(3.0, skin=0.5, capacity=3_000)
     for step in range(3):
-        positions[1::2] += 0.2 * step  # the second system alone
+        positions[1::3] += 0.2 * step
+        positions[2::3] += 0.2 * step
         expected = fresh(positions, cell, True, system_idx, cutoff=3.0)
         torch.set_default_device("meta")
         try:

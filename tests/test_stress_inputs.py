@@ -379,3 +379,38 @@ def test_hooks_between_the_cell_and_the_positions_get_tensors():
         energy = (positions[:, None] - positions).pow(2).sum() + cell.pow(2).sum()
         results.append(diffnl.forces_and_stress(energy, positions, cell))
     assert all(map(torch.equal, *results)) and seen and not seen[0].any()
+
+
+def dependent_rows(turned, dtype, device):
+    """A cell whose third row lies in the plane of the others: |det h| is 0, or after a rotation rounding."""
+    rows = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [4.0, 4.0, 0.0]], dtype=torch.float64)
+    if turned:
+        q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3)).double())[0]
+        rows = rows @ q
+    return rows.to(device, dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["axes", "turned"])
+def test_rows_in_one_plane_have_no_volume(turned, dtype, device):
+    """Of a slab with such a row on its open axis, in stress and virial alike."""
+    cell = dependent_rows(turned, dtype, device)
+    positions = scatter(6, cubic(4.0), 17, 0.0, 1.0).to(device, dtype).requires_grad_()
+    energy = energy_of(positions, cell, pbc=(True, True, False))
+    forces, stress = diffnl.forces_and_stress(energy, positions, cell)
+    assert torch.isfinite(forces).all() and torch.isnan(stress).all()
+    ones = torch.ones_like(cell)
+    assert torch.isnan(diffnl.stress.from_virial(ones, cell)).all()
+    assert torch.isnan(diffnl.stress.to_virial(ones, cell)).all()
+    assert not diffnl.stress.has_volume(cell)
+
+
+@pytest.mark.parametrize("edge", [5e-15, 3.7, 5e13])
+def test_a_volume_that_float32_cannot_hold(edge, device):
+    """1.25e-43 is subnormal there, 1.25e41 infinite; the virial of a stress can be neither."""
+    cell = (edge * torch.eye(3, dtype=torch.float64)).to(device, torch.float32)
+    volume = cell[0, 0].double() ** 3
+    stress = torch.full((3, 3), 1e-6 if edge > 1 else 1e6, device=device)
+    virial = diffnl.stress.to_virial(stress, cell)
+    torch.testing.assert_close(virial.double(), -volume * stress.double(), rtol=1e-6, atol=1e-44)
+    back = diffnl.stress.from_virial(virial, cell)
+    torch.testing.assert_close(back, stress, rtol=1e-6 if edge > 1 else 1e-5, atol=0.0)

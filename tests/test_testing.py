@@ -55,6 +55,19 @@ def test_a_molecule_passes():
     assert unchecked == {"stress", "periodic images", "basis", "supercell"}
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["axes", "turned"])
+def test_a_slab_without_a_volume_passes(turned):
+    """Its third row lies in the plane of the others, and there is no stress to check."""
+    positions, cell, _ = box()
+    cell = torch.stack([cell[0], cell[1], cell[0] + cell[1]])
+    if turned:
+        q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3)).double())[0]
+        positions, cell = positions @ q, cell @ q
+    report = check_potential(good, positions, cell, (True, True, False), cutoff=CUTOFF)
+    assert report
+    assert "stress" in {check.name for check in report.checks if check.error is None}
+
+
 def test_one_atom_in_a_cell_smaller_than_the_cutoff_passes():
     """Bare forces vanish by symmetry; two species would not."""
     cell = tensor(cubic(2.9))

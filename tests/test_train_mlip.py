@@ -168,6 +168,33 @@ def test_calculator_agrees_with_finite_differences(tmp_path):
         assert stress[row, column] == pytest.approx(slope / (2 * step) / atoms.get_volume(), abs=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_calculator_under_autocast(tmp_path, dtype):
+    """It computes in its own dtype, whatever is around it."""
+    save_potential(random_potential(), tmp_path / "potential.pt")
+    results = []
+    for lowered in (False, True):
+        atoms = alloy()
+        atoms.calc = PotentialCalculator(tmp_path / "potential.pt", dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            results.append((atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()))
+    assert all(np.array_equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_slab_whose_third_vector_lies_in_its_plane_has_no_stress(tmp_path):
+    """Nor a label of one, in any orientation: what a file says there is not trained on."""
+    save_potential(random_potential(), tmp_path / "potential.pt")
+    slab = ase.Atoms("NiCu", [[0, 0, 0], [2.2, 0.1, 0.4]], cell=[[4, 0, 0], [0, 4, 0], [4, 4, 0]])
+    slab.pbc = True, True, False
+    for angle in (0, 37):
+        slab.rotate(angle, (1, 2, 3), rotate_cell=True)
+        slab.calc = PotentialCalculator(tmp_path / "potential.pt")
+        assert np.isfinite(slab.get_forces()).all()
+        with pytest.raises(PropertyNotImplementedError):
+            slab.get_stress()
+        assert not frame_from_atoms(labelled(slab.copy(), stress=np.full(6, 1e9)), "slab").has_stress
+
+
 def test_calculator_in_open_boundaries(tmp_path):
     save_potential(random_potential(), tmp_path / "potential.pt")
     molecule = ase.Atoms("NiCu", positions=[[0, 0, 0], [2.3, 0, 0]])

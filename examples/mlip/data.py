@@ -95,7 +95,8 @@ def stress_is_defined(atoms: ase.Atoms) -> bool:
 
     A slab's is per volume of its cell, vacuum included, in labels and predictions alike.
     """
-    return bool(atoms.pbc.any()) and atoms.cell.rank == 3
+    # ASE's own `cell.rank` counts rows that are not zero.
+    return bool(atoms.pbc.any()) and bool(np.linalg.matrix_rank(atoms.cell) == 3)
 
 
 def frame_from_atoms(atoms: ase.Atoms, name: str) -> Frame:

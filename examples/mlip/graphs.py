@@ -43,8 +43,13 @@ def derivatives(
     """Energies, forces and stresses, as `Predictor` gives them; arguments as of `Potential.forward`."""
     positions = positions.detach().requires_grad_()
     cell = cell.detach().requires_grad_()
-    energy = model(numbers, positions, cell, pbc, system_idx, known)
-    return energy, *diffnl.forces_and_stress(energy, positions, cell, system_idx, create_graph=create_graph)
+    # In the model's own precision, whatever is around: e3nn's products take no mixture of dtypes.
+    with torch.autocast(positions.device.type, enabled=False):
+        energy = model(numbers, positions, cell, pbc, system_idx, known)
+        forces_and_stress = diffnl.forces_and_stress(
+            energy, positions, cell, system_idx, create_graph=create_graph
+        )
+    return energy, *forces_and_stress
 
 
 @dataclass(frozen=True)
