@@ -53,12 +53,12 @@ inline int64_t threads_for(double work) {
   return alone ? 1 : num_threads();
 }
 
-// Rows a block: few enough that all threads have some to the end. What rows share is done once a block. A pause of
-// `small_regions` makes no difference here: regions of one block would never end it.
+// Rows a block: few enough that all threads have some to the end. What rows share is done once a block, so one
+// thread takes many at once.
+constexpr int64_t kFewestRows = 16, kMostRows = 512;
 inline int64_t block_of_rows(int64_t num_rows, double work) {
-  constexpr int64_t least = 16, most = 512;
-  const int64_t threads = pays_for_threads(work) ? num_threads() : 1;
-  return threads == 1 ? most : std::clamp(num_rows / (8 * threads), least, most);
+  const int64_t threads = threads_for(work);
+  return threads == 1 ? kMostRows : std::clamp(num_rows / (8 * threads), kFewestRows, kMostRows);
 }
 
 // Calls f(first, last) on consecutive blocks of [0, size), handed to threads as they become free: rows are
@@ -74,7 +74,9 @@ inline void parallel_blocks(int64_t size, int64_t block, double work, const F& f
   };
   const int64_t threads = std::min(threads_for(work), num_blocks);
   if (threads <= 1) {
-    if (num_blocks > 1 && is_small(work)) small_regions.ran_alone();
+    // Rows that make one block in a pause would make several after it.
+    const bool divisible = num_blocks > 1 || (block == kMostRows && size > kFewestRows);
+    if (divisible && is_small(work)) small_regions.ran_alone();
     take_blocks(0, 1);
     return;
   }
