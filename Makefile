@@ -65,7 +65,7 @@ asan: $(VENV)/test.installed
 	$(QUICK) $(SANITIZED) PYTHONPATH=build/asan $(BIN)/pytest -p no:cacheprovider $(SEARCH_TESTS) $(CHOSEN) $(ARGS)
 
 # The HIP backend without ROCm and without an AMD GPU: compiles, links, loads, keeps within its registers.
-# With HIP 7.1 and clang-22 for every architecture of torch's ROCm wheels, and with HIP 5.2 and clang-19; names the
+# With HIP 7.1 and clang-22 for every architecture of torch's wheels for ROCm 7.14, and with HIP 5.2 and clang-19; names the
 # Debian packages that are missing, and fetches the HIP 7.1 headers once (ARGS="--archs gfx90a": one for HIP 7.1).
 hip: $(VENV)/torch.installed
 	$(BIN)/python tools/check_hip.py $(ARGS)
@@ -145,8 +145,9 @@ bench: $(VENV)/bench.installed
 	$(BIN)/python benchmarks/neighbors.py $(ARGS)
 
 # One wheel for every torch >= 2.10 with the backends that DIFFNL_BACKEND names, "cuda,hip" for all; the HIP library is
-# the one that `make hip` has built where there is no ROCm. Linked for systems with glibc 2.28 (tools/old_glibc.py);
-# auditwheel looks what it needs, and says so in its name. No shared library of torch or of a GPU runtime is inside.
+# the one that `make hip` has built where there is no ROCm. tools/old_glibc.py keeps out symbols that are newer than glibc
+# 2.28; auditwheel finds out which release the libraries need, 2.24 so far, and puts it into the wheel's name. No shared
+# library of torch or of a GPU runtime is inside.
 wheel: $(VENV)/wheel.installed
 	rm -rf build/wheel dist/*.whl
 	LDFLAGS="$$($(BIN)/python tools/old_glibc.py build/old_glibc) $(LDFLAGS)" \

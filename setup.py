@@ -7,6 +7,7 @@ means `hip`, a CUDA torch with a CUDA toolkit means `cuda`, anything else none. 
     DIFFNL_BACKEND        cpu | cuda | hip   this backend or fail; "cuda,hip" for a wheel with both
     TORCH_CUDA_ARCH_LIST  "8.0;9.0+PTX"      NVIDIA architectures (default: CUDA_ARCHS that nvcc knows)
     PYTORCH_ROCM_ARCH     "gfx90a;gfx1100"   AMD architectures (default: those that torch was built for)
+    CUDA_HOME, ROCM_HOME  /opt/rocm          the toolkit's folder, which holds bin/nvcc or bin/hipcc
     DIFFNL_SANITIZE       1                  AddressSanitizer and UndefinedBehaviorSanitizer (`make asan`)
 
 For the tests alone (`make hostgpu`) there is a fourth backend: DIFFNL_BACKEND=hostgpu compiles the GPU
@@ -40,7 +41,7 @@ except ImportError as error:
         "Install torch >= 2.10 first, then: pip install --no-build-isolation ."
     )
 
-BACKENDS = ("cpu", "cuda", "hip", "hostgpu")
+BACKENDS = ("cpu", "cuda", "hip", "hostgpu")  # the last for tests: it is offered to nobody
 KERNELS = [
     "candidates_gpu.hip",
     "cell_list_gpu.hip",
@@ -79,9 +80,18 @@ TOOLKITS = {
         "hipcc",
     ),
 }
+# What a GPU build of torch lacks where its toolkit is not found.
+MISSING = {
+    "cuda": "nvcc is missing: install the CUDA toolkit, or set CUDA_HOME to its folder, which holds bin/nvcc",
+    "hip": "hipcc is missing: install the ROCm toolkit, or set ROCM_HOME to its folder, which holds "
+    "bin/hipcc (/opt/rocm, or what `rocm-sdk path --root` prints where pip installed ROCm)",
+}
+# The variables by which torch finds a toolkit, the first that is set.
+HOMES = {"cuda": ("CUDA_HOME", "CUDA_PATH"), "hip": ("ROCM_HOME", "ROCM_PATH")}
 # What data centres and desks hold today; the last of these that nvcc knows is added as PTX for cards to come.
 CUDA_ARCHS = ["7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-# What torch's own ROCm wheels are built for.
+# What torch's wheels for ROCm 7.14 are built for. Those for earlier releases have gfx900 and gfx906 too: a
+# source build against such a torch asks it (rocm_archs).
 ROCM_ARCHS = [
     *("gfx908", "gfx90a", "gfx942", "gfx950"),
     *("gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1103", "gfx1150", "gfx1151", "gfx1200", "gfx1201"),
@@ -95,15 +105,44 @@ EXACT = "-ffp-contract=off"
 TORCH_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 
 
+def has_compiler(home: str | None, backend: str) -> bool:
+    """Whether a toolkit's folder has the compiler where torch calls it."""
+    return bool(home) and Path(home, "bin", TOOLKITS[backend][1]).exists()
+
+
+def named_home(backend: str) -> str | None:
+    """The toolkit's folder that the environment names. One without a compiler is an error: another toolkit
+    must not be taken in its place, nor be missed only after half a build."""
+    for variable in HOMES[backend]:
+        home = os.environ.get(variable)
+        if home:
+            if not has_compiler(home, backend):
+                compiler = TOOLKITS[backend][1]
+                toolkit = {"cuda": "CUDA", "hip": "ROCm"}[backend]
+                sys.exit(
+                    f"{variable} must name the folder of the {toolkit} toolkit, which holds bin/{compiler}; "
+                    f"got {home!r}, and there is no {Path(home, 'bin', compiler)}."
+                )
+            return home
+    return None
+
+
 def cuda_home() -> str | None:
     """The folder of the CUDA toolkit, which torch itself looks for only if it is a CUDA build."""
-    if CUDA_HOME is not None:
-        return CUDA_HOME
+    home = named_home("cuda") or CUDA_HOME
+    if has_compiler(home, "cuda"):
+        return home
     nvcc = shutil.which("nvcc")
     beside_nvcc = str(Path(nvcc).resolve().parents[1]) if nvcc else ""
     # An nvcc on the PATH may be a script that calls another. Beside the real one there is nvvm.
-    folders = [os.environ.get("CUDA_HOME", ""), beside_nvcc, "/usr/local/cuda"]
-    return next((home for home in folders if home and Path(home, "nvvm").exists()), None)
+    folders = [home for home in (beside_nvcc, "/usr/local/cuda") if has_compiler(home, "cuda")]
+    return next((home for home in folders if Path(home, "nvvm").exists()), None)
+
+
+def rocm_home() -> str | None:
+    """The folder of the ROCm toolkit, which torch looks for only if it is a ROCm build."""
+    home = named_home("hip") or ROCM_HOME
+    return home if has_compiler(home, "hip") else None
 
 
 def has_toolkit(backend: str) -> bool:
@@ -111,21 +150,25 @@ def has_toolkit(backend: str) -> bool:
     all builds of torch share; torch runs HIP's compiler only if it is a ROCm build."""
     if backend == "cuda":
         return torch.version.hip is None and cuda_home() is not None
-    return backend != "hip" or (torch.version.hip is not None and ROCM_HOME is not None)
+    return backend != "hip" or (torch.version.hip is not None and rocm_home() is not None)
 
 
 def choose_backends() -> list[str]:
     """The backends to build, a library each: DIFFNL_BACKEND's if set, otherwise what torch was built for."""
     variable = os.environ.get("DIFFNL_BACKEND", "")
-    wanted = [name for name in re.split(r"[;,\s]+", variable) if name]
+    wanted = [name for name in re.split(r"[;,\s]+", variable.lower()) if name]
     unknown = [name for name in wanted if name not in BACKENDS]
     if unknown or ("hostgpu" in wanted and len(wanted) > 1):
-        sys.exit(f"DIFFNL_BACKEND must be one of {', '.join(BACKENDS)}, or cuda,hip; got {variable!r}.")
+        sys.exit(
+            f"DIFFNL_BACKEND must be cpu, cuda or hip, or cuda,hip for a wheel with both; got {variable!r}."
+        )
     if wanted == ["hostgpu"]:
         return wanted
     for backend in wanted:
         if not has_toolkit(backend) and not is_ready(backend):
             needs, compiler = TOOLKITS[backend]
+            if backend == "hip" and torch.version.hip is not None:
+                sys.exit(f"DIFFNL_BACKEND=hip cannot be built: {MISSING['hip']}.")
             sys.exit(
                 f"DIFFNL_BACKEND={backend} needs {needs}. Here torch is {torch.__version__} and "
                 f"{compiler} is {'found' if shutil.which(compiler) else 'not found'}."
@@ -136,13 +179,43 @@ def choose_backends() -> list[str]:
         if version is not None and has_toolkit(backend):
             return ["cpu", backend]
         if version is not None:
-            print(f"diffnl: CPU backend only; {backend} needs {TOOLKITS[backend][0]}.", file=sys.stderr)
+            print(
+                f"diffnl: building the CPU backend only, though torch {torch.__version__} is for GPUs. "
+                f"{MISSING[backend]}, and build again. `python -m diffnl` shows which backends work.",
+                file=sys.stderr,
+            )
     return ["cpu"]
 
 
 def is_ready(backend: str) -> bool:
     """Whether the library is taken as it is, because nothing here could compile it."""
     return backend == "hip" and not has_toolkit("hip") and READY_HIP.exists()
+
+
+def files_of(backend: str) -> list[Path]:
+    """The files of csrc that a backend's library is built from: sources, what they include, and the schemas,
+    of which it holds a fingerprint."""
+    found, rest = {}, ["ops.cpp", *SOURCES[backend]]
+    while rest:
+        path = Path("csrc", rest.pop())
+        if path not in found and path.exists():
+            found[path] = re.findall(r'^#include "(\w+\.\w+)"', path.read_text(), re.M)
+            rest += found[path]
+    return sorted(found)
+
+
+def check_ready() -> None:
+    """Stops where the HIP library that is there is none, or was built from other sources than these."""
+    data = READY_HIP.read_bytes()
+    if not data.startswith(b"\x7fELF") or b"diffnl part;hip;" not in data:
+        sys.exit(f"{READY_HIP} must be diffnl's HIP library, and is something else: run `make hip` again.")
+    built = READY_HIP.stat().st_mtime
+    newer = [str(path) for path in files_of("hip") if path.stat().st_mtime > built]
+    if newer:
+        sys.exit(
+            f"{READY_HIP} must be built from the sources that are here, and is older than "
+            f"{', '.join(newer)}: run `make hip` again."
+        )
 
 
 def check_compiler() -> None:
@@ -169,7 +242,8 @@ def rocm_archs() -> list[str]:
     """The architectures that the torch at hand was built for, or ROCM_ARCHS where it does not say."""
     archs = torch.cuda.get_arch_list() if torch.version.hip else []
     if torch.version.hip and not archs:  # up to torch 2.12 the list is empty on a machine without a GPU
-        archs = (torch._C._cuda_getArchFlags() or "").split()
+        told = getattr(torch._C, "_cuda_getArchFlags", lambda: None)()
+        archs = (told or "").split()
     return list(dict.fromkeys(arch.split(":")[0] for arch in archs)) or ROCM_ARCHS
 
 
@@ -194,6 +268,13 @@ def architectures(backend: str) -> list[str]:
     return archs
 
 
+def path_maps() -> list[str]:
+    """Flags of g++, clang and hipcc by which __FILE__ is csrc/... and torch/include/..., wherever the
+    checkout and torch are. The last one that fits counts: torch may lie inside the checkout."""
+    folders = {f"{Path.cwd()}/": "", f"{Path(torch.__file__).parent}/include/": "torch/include/"}
+    return [f"-fmacro-prefix-map={folder}={name}" for folder, name in folders.items()]
+
+
 def cxx_flags(backend: str, archs: list[str]) -> list[str]:
     """Flags of the C++ compiler."""
     flags = [
@@ -206,6 +287,7 @@ def cxx_flags(backend: str, archs: list[str]) -> list[str]:
         EXACT,
         "-fno-math-errno",
         "-Wno-psabi",  # vectors of four doubles stay inside one file
+        *path_maps(),
         *TORCH_ABI,
         # What csrc/part.h tells of the library. Parts that differ in the schemas do not go together.
         f'-DDIFFNL_BACKEND="{backend}"',
@@ -229,11 +311,12 @@ def cxx_flags(backend: str, archs: list[str]) -> list[str]:
 def device_flags(backend: str) -> list[str]:
     """Flags of nvcc or hipcc; torch adds the architectures."""
     if backend == "cuda":
-        host = ["-Wall", "-fvisibility=hidden", EXACT]
+        host = ["-Wall", "-fvisibility=hidden", EXACT, *path_maps()]
+        # No -lineinfo: it puts the paths of all sources beside the machine code, and no flag maps them. For a
+        # profiler set NVCC_APPEND_FLAGS=-lineinfo.
         return [
             "-std=c++20",
             "-O3",
-            "-lineinfo",
             "-fmad=false",
             "--expt-relaxed-constexpr",
             "--threads=0",  # architectures in parallel
@@ -248,6 +331,7 @@ def device_flags(backend: str) -> list[str]:
             "-Wall",
             "-fvisibility=hidden",
             EXACT,
+            *path_maps(),
             "-mcode-object-version=5",  # all of ROCm 6 and 7 load it; 6 is for 6.3 on
             f"-DDIFFNL_HEADERS={zlib.crc32(headers)}",
         ]
@@ -283,6 +367,7 @@ def extension(backend: str) -> Extension:
     """The shared library for `backend`."""
     name = f"diffnl.{LIBRARIES[backend]}"
     if is_ready(backend):
+        check_ready()
         return Extension(name, [str(READY_HIP)], py_limited_api=True)
     sources = [f"csrc/{name}" for name in SOURCES[backend]]
     depends = [str(path) for path in sorted(Path("csrc").iterdir())]

@@ -34,8 +34,8 @@ namespace diffnl {
 #endif
 
 // Threads of a wave, known to the compiler, which warpSize is not: CUDA's is a variable, HIP 7's an object. AMD's
-// gfx9 has waves of 64, everything newer and NVIDIA of 32; torch has kernels for nothing older. HIP's compilers
-// take the source once more for the host, where no architecture is defined: what is said there decides nothing.
+// gfx9 has waves of 64, everything newer and NVIDIA of 32. HIP's compilers take the source once more for the host,
+// where no architecture is defined: what is said there decides nothing.
 __device__ inline constexpr int wave_width() {
 #if defined(__GFX9__)
   return 64;

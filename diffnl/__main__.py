@@ -1,14 +1,16 @@
 """``python -m diffnl``: versions, libraries, devices, and whether lists and gradients are right on each.
 
-What a report of a bug should contain. The exit status is 1 if something is wrong.
+What a report of a bug should contain. The exit status is 1 if something is wrong, or if torch was built
+for GPUs and diffnl's library for them is missing or does not load.
 """
 
+import argparse
 import ctypes
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -203,18 +205,28 @@ def self_test(device: torch.device) -> Iterator[tuple[bool, str]]:
         yield True, f"  {device}  {num_atoms:,} atoms: list {bare:.2f} ms, with gradients {train:.2f} ms"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    summary, _, rest = __doc__.partition("\n\n")
+    argparse.ArgumentParser(
+        prog="python -m diffnl", description=summary.replace("``", "`"), epilog=rest
+    ).parse_args(arguments)
     for line in facts():
         print(line)
+    kernels = _load.KERNELS
+    no_gpu = kernels is not None and not kernels.loaded
     right = True
     print("self-test:")
-    for device in devices():
+    for device in devices()[:1] if no_gpu else devices():  # the CPU is the first
         for passed, line in self_test(device):
             print(line, flush=True)
             right = right and passed
+    if no_gpu:
+        verdict = "the CPU is right" if right else "the CPU is WRONG: see above"
+        print(f"{verdict}; no GPU works: {_load.no_kernels()}")
+        return 1
     print("everything is right" if right else "something is WRONG: see above")
     return 0 if right else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

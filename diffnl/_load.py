@@ -194,7 +194,7 @@ def no_kernels() -> str:
     if not KERNELS.loaded:
         return (
             f"torch {torch.__version__} was built for {name}, and diffnl has no {name} library that works: "
-            f"{KERNELS.reason}. Build it: run {BUILD}, with DIFFNL_BACKEND={KERNELS.backend} set"
+            f"{KERNELS.reason}. Build it: run `DIFFNL_BACKEND={KERNELS.backend} {BUILD.removeprefix('`')}"
         )
     return f"diffnl's {name} library has no kernel for it"
 

@@ -1,7 +1,7 @@
 """torch's private names that diffnl uses, each with a public replacement for a torch that lacks it.
 
-A replacement costs microseconds a call and changes no result. The environment variable DIFFNL_PUBLIC_TORCH=1
-puts all of them in force, which is how the tests try them.
+A replacement costs microseconds a call, that of `assert_async` a wait for the GPU, and changes no result. The
+environment variable DIFFNL_PUBLIC_TORCH=1 puts all of them in force, which is how the tests try them.
 """
 
 import os
@@ -58,6 +58,21 @@ def _public_stream(device: int) -> int:
 # The current stream of the GPU with a number, as the integer that it is to CUDA or HIP. An object around it
 # takes 2 us to make.
 current_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream", _public_stream)
+
+
+def _public_assert(condition: Tensor, message: str) -> None:
+    """Waits for a GPU. Where values may not be looked at (fakes, compiled code, a graph that is captured)
+    nothing is checked."""
+    if torch.compiler.is_compiling() or condition.is_meta or dispatch_mode_active():
+        return
+    if condition.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not condition:
+        raise RuntimeError(message)
+
+
+# Raises a RuntimeError if a tensor of one element is false or zero; on a GPU later, without a wait.
+assert_async: Callable[[Tensor, str], None] = _private("_assert_async", _public_assert)
 
 
 def _base_apply(function: type[Function], *args):

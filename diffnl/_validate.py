@@ -150,12 +150,7 @@ def systems(
                 "open systems; got None"
             )
         elif system_idx is not None and system_idx.numel() > 0:
-            count = max(int(system_idx.max()) + 1, 1)
-            if has_values(system_idx) and count > 2 * positions.shape[0]:
-                if int(system_idx.min()) < 0:
-                    system_of_atom(system_idx, positions.new_zeros((1, 0, 0)).expand(count, 0, 0), positions)
-                used, system_idx = torch.unique(system_idx, return_inverse=True)
-                count = len(used)
+            system_idx, count = count_systems(system_idx, positions)
         else:
             count = 1
         cell = positions.new_zeros((count, 3, 3))
@@ -166,6 +161,18 @@ def systems(
         )
     atoms_have_systems(cell, system_idx, positions)
     return cell, pbc, system_idx
+
+
+def count_systems(system_idx: Tensor, positions: Tensor) -> tuple[Tensor, int]:
+    """The system of each atom and the number of systems, from (N,) `system_idx` alone: the device is waited
+    for. Where most systems would be empty they are numbered anew: a stray number costs nothing."""
+    count = max(int(system_idx.max()) + 1, 1) if system_idx.numel() > 0 else 1
+    if count > 2 * positions.shape[0] and has_values(system_idx):
+        if int(system_idx.min()) < 0:
+            system_of_atom(system_idx, positions.new_zeros((1, 0, 0)).expand(count, 0, 0), positions)
+        used, system_idx = torch.unique(system_idx, return_inverse=True)
+        count = len(used)
+    return system_idx, count
 
 
 def atoms_have_systems(cell: Tensor, system_idx: Tensor | None, positions: Tensor) -> None:
@@ -206,8 +213,8 @@ def is_traced() -> bool:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether Python may look at values: not where there are none, nor where operations are compiled, traced or
-    captured for later."""
+    """Whether Python may look at values: not where there are none, nor where operations are compiled, traced
+    or captured for later."""
     return not (t.is_meta or is_traced() or is_capturing(t.device))
 
 

@@ -98,11 +98,11 @@ class NeighborList(nn.Module):
         skin: >= 0, in the length unit of the positions. Above 0 the layer keeps the pairs within cutoff +
             skin, and searches again only when a pair could have been missed, not when atoms are wrapped into
             the cell; rows are then sorted. What it returns is a fresh sorted list at every call, bit for bit,
-            and so are its gradients, on a GPU up to the order in which those of the cell are summed. It keeps candidates of the last four shapes (on a GPU: of each thread). With a
-            capacity on a GPU the device decides, in CUDA and HIP graphs too, which the layer must outlive;
-            the capacity must leave room for what is kept, see `estimate_capacity`. In compiled graphs, under
-            `torch.func` and while something traces operators it searches every time. Copies and pickles
-            keep nothing.
+            and so are its gradients, on a GPU up to the order in which those of the cell are summed. It keeps
+            candidates of the last four shapes (on a GPU: of each thread). With a capacity on a GPU the device
+            decides, in CUDA and HIP graphs too, which the layer must outlive; the capacity must leave room
+            for what is kept, see `estimate_capacity`. In compiled graphs, under `torch.func` and while
+            something traces operators it searches every time. Copies and pickles keep nothing.
 
     Attributes:
         searches, reuses: how many calls with a skin searched, and how many selected from what was kept. With
@@ -366,9 +366,9 @@ def pair_vectors(
         (P, 3), dtype of `positions`; differentiable in `positions` and `cell` to every order.
 
     Raises:
-        ValueError: wrong shapes or devices; on the CPU an atom number outside [0, N), a system outside [0, B),
-            a pair of atoms of two systems or a shift that does not fit. On a GPU such a pair gets NaN instead:
-            raising would mean waiting.
+        ValueError: wrong shapes or devices; on the CPU an atom number outside [0, N), a system outside
+            [0, B), a pair of atoms of two systems or a shift that does not fit. On a GPU such a pair gets NaN
+            instead: raising would mean waiting.
         TypeError: wrong types or dtypes.
     """
     if unknown:

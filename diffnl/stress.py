@@ -87,8 +87,8 @@ def forces_and_stress(
 
     Returns:
         forces (N, 3), energy / length; stress of the shape of `cell`, energy / length^3 (None without a
-        cell). A system without a volume, |det h| = 0, has no stress: its entries are NaN, and their gradients
-        are zeros, so that a batch may mix crystals with molecules.
+        cell). A system without a volume, |det h| = 0 but for rounding, has no stress: its entries are NaN,
+        and their gradients are zeros, so that a batch may mix crystals with molecules.
 
     Raises:
         ValueError: an input without a gradient, or of the wrong shape; an energy that does not depend on
@@ -199,7 +199,8 @@ def from_virial(virial: Tensor, cell: Tensor) -> Tensor:
 
 
 def has_volume(cell: Tensor) -> Tensor:
-    """(...) bool: whether the rows of cells (..., 3, 3) span a volume, and are not one plane's within rounding.
+    """(...) bool: whether the rows of cells (..., 3, 3) span a volume, and do not lie in one plane but for
+    rounding.
 
     The limit on |det h| / (|a| |b| |c|) is that of the search for periodic axes (csrc/pair_geometry.h).
     """

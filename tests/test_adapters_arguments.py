@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_adapters_devices import CASES, CUTOFF, batch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import diffnl
 from diffnl.adapters import (
@@ -349,6 +350,60 @@ def test_what_is_only_true_in_an_if_is_an_error(name):
         call()
 
 
+# Cartesian shifts given by mistake, and what no int32 holds.
+NOT_WHOLE = [0.4, 1.0 - 1e-6, 3e9, -3e9, math.nan, math.inf]
+
+
+@pytest.mark.parametrize("value", NOT_WHOLE)
+def test_shifts_that_are_not_whole_numbers(value, device):
+    """On a GPU nothing waits to raise: vectors and lengths of such pairs are NaN, and no others."""
+    r, h = (t.to(device) for t in (ONE, CELL))
+    edges = torch.tensor([[0, 1, 2], [1, 2, 0]], device=device)
+    shifts = torch.zeros(3, 3, dtype=torch.float64, device=device)
+    expected, _ = mace.edge_vectors_and_lengths(r, edges, shifts, h)
+    shifts[1, 2] = value
+    if device.type == "cpu":
+        got = re.escape(f"got [0.0, 0.0, {value}] in row 1")
+        with pytest.raises(ValueError, match=f"`unit_shifts` must hold whole numbers that fit int32; {got}"):
+            mace.edge_vectors_and_lengths(r, edges, shifts, h)
+        return
+    vectors, lengths = mace.edge_vectors_and_lengths(r, edges, shifts, h)
+    assert vectors[1].isnan().all() and lengths[1].isnan().all()
+    assert torch.equal(vectors[[0, 2]], expected[[0, 2]])
+
+
+def test_shifts_that_are_not_whole_numbers_are_nan_where_nobody_may_look():
+    """As on a GPU, in a graph that is traced."""
+    edges = torch.tensor([[0, 1, 2], [1, 2, 0]], device="cpu")
+    shifts = torch.zeros(3, 3, dtype=torch.float64, device="cpu")
+    args = (ONE, edges, shifts, CELL)
+    traced = make_fx(lambda *tensors: mace.edge_vectors_and_lengths(*tensors))(*args)
+    expected, _ = mace.edge_vectors_and_lengths(*args)
+    shifts[1, 2] = 0.4
+    vectors, lengths = traced(*args)
+    assert vectors[1].isnan().all() and lengths[1].isnan().all()
+    assert torch.equal(vectors[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int32, torch.int64, torch.float32, torch.float64], ids=str
+)
+def test_whole_shifts_of_any_dtype(dtype):
+    edges = torch.tensor([[0, 1, 2], [1, 2, 0]], device="cpu")
+    shifts = torch.tensor([[0, 1, -1], [2, 0, 0], [0, 0, -3]], dtype=dtype, device="cpu")
+    vectors, _ = mace.edge_vectors_and_lengths(ONE, edges, shifts, CELL)
+    assert torch.equal(vectors, diffnl.pair_vectors(ONE, CELL, edges, shifts.int()))
+
+
+def test_shifts_of_64_bits_that_do_not_fit():
+    edges = torch.tensor([[0], [1]], device="cpu")
+    shifts = torch.tensor([[0, 2**32, 0]], device="cpu")
+    with pytest.raises(
+        ValueError, match=r"`unit_shifts` must .* fit int32; got \[0, 4294967296, 0\] in row 0"
+    ):
+        mace.edge_vectors_and_lengths(ONE, edges, shifts, CELL)
+
+
 @pytest.mark.parametrize(
     "make", [bool, int, np.bool_, np.int64, torch.tensor], ids=lambda make: make.__name__
 )
@@ -365,3 +420,26 @@ def test_a_message_is_short_whatever_it_got():
     with pytest.raises(TypeError) as raised:
         _common.flag("loop", torch.zeros(100, 100, device="cpu"))
     assert len(str(raised.value)) < 200 and re.search("`loop` must be True or False", str(raised.value))
+
+
+@pytest.mark.parametrize("adapter", ["torchsim", "nvalchemi", "nvalchemi, open", "torchmdnet"])
+def test_a_stray_system_costs_nothing(adapter, device):
+    """Where all systems share a cell, or have none: 5 * 10^7 once took 51 s and 22 GB."""
+    positions = 4.0 * torch.rand(8, 3, generator=torch.Generator().manual_seed(4), device="cpu").to(device)
+    cell = 4.0 * torch.eye(3, device=device)
+    system_idx = torch.tensor([0, 10**18, 0, 3, 10**18, 3, 0, 10**18], device=device)
+    flags = torch.ones(3, dtype=torch.bool, device=device)
+
+    def edges(of_atom):
+        if adapter == "torchsim":
+            return torchsim.torchsim_nl(positions, cell, flags, 2.5, of_atom)[0]
+        if adapter == "torchmdnet":
+            return torchmdnet.OptimizedDistance(0.0, 2.5, box=cell, max_num_pairs=-100).to(device)(
+                positions, of_atom
+            )[0]
+        given = {} if "open" in adapter else {"cell": cell, "pbc": flags}
+        options = {"return_neighbor_list": True, "batch_idx": of_atom, **given}
+        return nvalchemi.neighbor_list(positions, 2.5, **options)[0]
+
+    found = edges(system_idx)
+    assert found.shape[1] > 0 and torch.equal(found, edges(system_idx.clamp(max=4)))

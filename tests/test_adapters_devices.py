@@ -83,7 +83,9 @@ def of_nequip(r, h, pbc, index):
 
 def of_mace(r, h, pbc, index):
     sender = torch.arange(len(r), device=r.device)
-    edges = torch.stack((sender, sender.flip(0)))
+    sizes = index.bincount()
+    ends = sizes.cumsum(0)
+    edges = torch.stack((sender, (2 * ends - sizes - 1)[index] - sender))  # each system's atoms backwards
     r, h = r.clone().requires_grad_(), h.clone().requires_grad_()
     unit_shifts = torch.ones_like(r)
     vectors, lengths = mace.edge_vectors_and_lengths(r, edges, unit_shifts, h.reshape(-1, 3), index)

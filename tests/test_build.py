@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import diffnl
+
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLES = ["BACKEND", "SANITIZE", "WAVE"]
 ARCHITECTURES = ["TORCH_CUDA_ARCH_LIST", "PYTORCH_ROCM_ARCH"]
+HOMES = ["CUDA_HOME", "CUDA_PATH", "ROCM_HOME", "ROCM_PATH"]
+READY = b"\x7fELF ... diffnl part;hip;gfx90a;2.11.0;00000000\0"  # what is looked at in a HIP library
 
 
 def load(path):
@@ -30,6 +34,8 @@ def setup(monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in VARIABLES:
         monkeypatch.delenv(f"DIFFNL_{name}", raising=False)
+    for name in HOMES:
+        monkeypatch.delenv(name, raising=False)
     for name in ARCHITECTURES:
         monkeypatch.setenv(name, "")  # set, so that what setup.py puts there is undone
     module = load(ROOT / "setup.py")
@@ -45,7 +51,7 @@ def pretend(monkeypatch, setup, hip=None, cuda=None, rocm_home=None, cuda_home=N
 
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(setup, "ROCM_HOME", rocm_home)
+    monkeypatch.setattr(setup, "rocm_home", lambda: rocm_home)
     monkeypatch.setattr(setup, "cuda_home", lambda: cuda_home)
     for name in ("is_available", "device_count", "get_device_capability"):
         monkeypatch.setattr(torch.cuda, name, looked)
@@ -72,12 +78,80 @@ def test_backend_follows_torch_and_its_toolkit(setup, monkeypatch, capsys, there
 
 
 @pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        ({"cuda": "13.0"}, "nvcc is missing: install the CUDA toolkit, or set CUDA_HOME"),
+        (
+            {"hip": "7.1"},
+            "hipcc is missing: install the ROCm toolkit, or set ROCM_HOME.*rocm-sdk path",
+        ),
+    ],
+)
+def test_a_compiler_that_is_missing_is_named(setup, monkeypatch, capsys, there, missing):
+    """Not the torch for GPUs, which is there."""
+    pretend(monkeypatch, setup, **there)
+    if "hip" in there:
+        monkeypatch.setenv("DIFFNL_BACKEND", "hip")
+        with pytest.raises(SystemExit, match=f"DIFFNL_BACKEND=hip cannot be built: {missing}"):
+            setup.choose_backends()
+        monkeypatch.delenv("DIFFNL_BACKEND")
+    assert setup.choose_backends() == ["cpu"]
+    told = capsys.readouterr().err
+    assert re.search(f"though torch .* is for GPUs\\. {missing}.*`python -m diffnl` shows", told), told
+    assert "a ROCm build of torch" not in told
+
+
+@pytest.mark.parametrize(
+    ("variable", "version", "wanted"),
+    [
+        ("ROCM_HOME", "hip", ""),
+        ("ROCM_PATH", "hip", ""),
+        ("ROCM_HOME", "hip", "hip"),
+        ("CUDA_HOME", "cuda", ""),
+        ("CUDA_PATH", "cuda", ""),
+        ("CUDA_HOME", "cuda", "cuda"),
+        ("CUDA_HOME", None, "cuda"),  # a torch for CPUs, and perhaps another toolkit where CUDA's often is
+    ],
+)
+def test_a_home_without_a_compiler_is_an_error(setup, monkeypatch, tmp_path, variable, version, wanted):
+    backend = "hip" if variable.startswith("ROCM") else "cuda"
+    for name in ("hip", "cuda"):
+        monkeypatch.setattr(torch.version, name, "7.1" if name == version else None)
+        monkeypatch.setattr(setup, "ROCM_HOME" if name == "hip" else "CUDA_HOME", None)
+    monkeypatch.setenv("DIFFNL_BACKEND", wanted)
+    monkeypatch.setenv(variable, str(tmp_path))
+    compiler = {"hip": "hipcc", "cuda": "nvcc"}[backend]
+    with pytest.raises(SystemExit, match=rf"{variable} must name .* bin/{compiler}; got '{tmp_path}'"):
+        setup.choose_backends()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / compiler).touch()
+    assert setup.choose_backends() == ["cpu", backend]
+    assert getattr(setup, {"hip": "rocm_home", "cuda": "cuda_home"}[backend])() == str(tmp_path)
+
+
+def test_a_home_that_torch_supposes_may_have_no_compiler(setup, monkeypatch, tmp_path, capsys):
+    """As /usr/local/cuda in containers that only run programs: nothing can be compiled, and that is right."""
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(setup, "ROCM_HOME", str(tmp_path))
+    assert setup.choose_backends() == ["cpu"] and "hipcc is missing" in capsys.readouterr().err
+
+
+def test_a_home_that_is_not_used_is_not_looked_at(setup, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", "/nonsense")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("DIFFNL_BACKEND", "cpu")
+    assert setup.choose_backends() == ["cpu"]
+
+
+@pytest.mark.parametrize(
     ("wanted", "there", "expected"),
     [
         ("cpu", {"cuda": "13.0", "cuda_home": "/cuda"}, ["cpu"]),
         ("hostgpu", {"cuda": "13.0", "cuda_home": "/cuda"}, ["hostgpu"]),
         ("cuda", {"cuda_home": "/cuda"}, ["cpu", "cuda"]),  # with the headers of a torch for CPUs
         ("hip", {"hip": "7.1", "rocm_home": "/rocm"}, ["cpu", "hip"]),
+        ("HIP", {"hip": "7.1", "rocm_home": "/rocm"}, ["cpu", "hip"]),
+        ("Cpu", {}, ["cpu"]),
     ],
 )
 def test_backend_can_be_chosen(setup, monkeypatch, wanted, there, expected):
@@ -93,7 +167,7 @@ def test_a_wheel_takes_the_hip_library_that_is_ready(setup, monkeypatch, tmp_pat
     monkeypatch.setattr(setup, "READY_HIP", tmp_path / "_hip.abi3.so")
     with pytest.raises(SystemExit, match="DIFFNL_BACKEND=hip needs"):
         setup.choose_backends()
-    (tmp_path / "_hip.abi3.so").write_bytes(b"ready")
+    (tmp_path / "_hip.abi3.so").write_bytes(READY)
     assert setup.choose_backends() == ["cpu", "cuda", "hip"]
     ready = setup.extension("hip")
     distribution = pytest.importorskip("setuptools").Distribution
@@ -101,7 +175,38 @@ def test_a_wheel_takes_the_hip_library_that_is_ready(setup, monkeypatch, tmp_pat
     build.build_lib, build.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
     build.ensure_finalized()
     build.run()
-    assert (tmp_path / "lib" / "diffnl" / "_hip.abi3.so").read_bytes() == b"ready"
+    assert (tmp_path / "lib" / "diffnl" / "_hip.abi3.so").read_bytes() == READY
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x7fELF of something else", READY[4:]])
+def test_a_ready_library_that_is_none_is_an_error(setup, monkeypatch, tmp_path, content):
+    pretend(monkeypatch, setup)
+    monkeypatch.setattr(setup, "READY_HIP", tmp_path / "_hip.abi3.so")
+    (tmp_path / "_hip.abi3.so").write_bytes(content)
+    with pytest.raises(SystemExit, match="must be diffnl's HIP library.*run `make hip` again"):
+        setup.extension("hip")
+
+
+@pytest.mark.parametrize("name", ["scan_gpu.hip", "gpu.h", "ops.cpp", "skin_gpu.cpp"])
+def test_a_ready_library_older_than_its_sources_is_an_error(setup, monkeypatch, tmp_path, name):
+    pretend(monkeypatch, setup)
+    library = tmp_path / "_hip.abi3.so"
+    monkeypatch.setattr(setup, "READY_HIP", library)
+    library.write_bytes(READY)
+    newest = max(path.stat().st_mtime for path in setup.files_of("hip"))
+    os.utime(library, (newest, newest))
+    assert setup.extension("hip").sources == [str(library)]
+    monkeypatch.setattr(setup, "files_of", lambda backend: [tmp_path / name])
+    (tmp_path / name).touch()
+    os.utime(tmp_path / name, (newest + 1, newest + 1))
+    with pytest.raises(SystemExit, match=rf"is older than .*{re.escape(name)}: run `make hip` again"):
+        setup.extension("hip")
+
+
+def test_files_that_the_hip_library_is_built_from(setup):
+    names = {path.name for path in setup.files_of("hip")}
+    assert {"ops.cpp", *setup.SOURCES["hip"], "gpu.h", "part.h", "pair_geometry.h"} <= names
+    assert not {"ops_cpu.cpp", "tile.cpp", "tile.h", "neighbors_nvcc.cu"} & names
 
 
 @pytest.mark.parametrize(
@@ -109,15 +214,16 @@ def test_a_wheel_takes_the_hip_library_that_is_ready(setup, monkeypatch, tmp_pat
     [
         ("cuda", "CUDA_HOME names its folder"),
         ("hip", "ROCM_HOME names its folder.*rocm-sdk path --root"),
-        ("gpu", "must be one of"),
-        ("cpu,hostgpu", "must be one of"),
+        ("gpu", "must be cpu, cuda or hip, or cuda,hip .*; got 'gpu'"),
+        ("cpu,hostgpu", "must be cpu, cuda or hip, or cuda,hip .*; got 'cpu,hostgpu'"),
     ],
 )
 def test_a_backend_that_cannot_be_built_is_an_error(setup, monkeypatch, wanted, message):
     pretend(monkeypatch, setup)
     monkeypatch.setenv("DIFFNL_BACKEND", wanted)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=message) as caught:
         setup.choose_backends()
+    assert "hostgpu" not in str(caught.value).partition("; got")[0], "it is for tests"
 
 
 def test_every_source_belongs_to_a_backend(setup):
@@ -142,6 +248,31 @@ def test_no_compiler_may_fuse_multiply_and_add(setup, backend):
         assert "-fmad=false" in device and "--compiler-options=-ffp-contract=off" in device
     if backend == "hip":
         assert "-ffp-contract=off" in device
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "hip", "hostgpu"])
+def test_files_are_named_without_folders_of_this_machine(setup, monkeypatch, backend):
+    maps = [
+        f"-fmacro-prefix-map={ROOT}/=",
+        f"-fmacro-prefix-map={Path(torch.__file__).parent}/include/=torch/include/",
+    ]
+    flags = setup.cxx_flags(backend, [])
+    assert [flag for flag in flags if "prefix-map" in flag] == maps
+    expected = {"cuda": [f"--compiler-options={flag}" for flag in maps], "hip": maps}.get(backend, [])
+    assert [flag for flag in setup.device_flags(backend) if "prefix-map" in flag] == expected
+    assert "-lineinfo" not in setup.device_flags(backend), "names sources by their whole paths"
+
+
+def test_libraries_hold_no_path_of_the_machine_that_built_them():
+    """Those in diffnl's folder: whoever has not built them since setup.py maps paths builds them again."""
+    libraries = sorted(Path(diffnl.__file__).parent.glob("_*.so"))
+    assert libraries
+    for library in libraries:
+        texts = re.findall(rb"[\x20-\x7e]{8,}", library.read_bytes())
+        named = [text for text in texts if re.search(rb"(csrc|include)/.*\.(h|cpp|hip|cu)", text)]
+        paths = [text.decode() for text in named if re.search(rb"(^|[ =\"'])/", text)]
+        assert not paths, f"{library} holds {paths}"
+        assert any(text == b"csrc/ops.cpp" for text in named) or not library.name.startswith("_C")
 
 
 def test_rocm_architectures(setup, monkeypatch):
@@ -169,10 +300,14 @@ def test_rocm_architectures_are_those_of_torch(setup, monkeypatch, says):
     assert setup.architectures("hip") == ["gfx1030"]
 
 
-def test_rocm_architectures_of_a_torch_that_does_not_say(setup, monkeypatch):
+@pytest.mark.parametrize("has_the_name", [True, False])
+def test_rocm_architectures_of_a_torch_that_does_not_say(setup, monkeypatch, has_the_name):
     pretend(monkeypatch, setup, hip="7.1", rocm_home="/rocm")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
-    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: None, raising=False)
+    if has_the_name:
+        monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: None, raising=False)
+    else:
+        monkeypatch.delattr(torch._C, "_cuda_getArchFlags", raising=False)
     assert setup.architectures("hip") == setup.ROCM_ARCHS
 
 

@@ -9,7 +9,10 @@ import torch
 
 import diffnl
 from diffnl import __main__ as self_test
-from diffnl import _ops
+from diffnl import _load, _ops
+
+# This torch is for CPUs, or diffnl's library for its GPUs is there.
+COMPLETE = _load.KERNELS is None or _load.KERNELS.loaded
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def test_the_report_has_what_a_bug_report_needs():
     done = subprocess.run(
         [sys.executable, "-m", "diffnl"], capture_output=True, text=True, timeout=300, env=environment
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == (0 if COMPLETE else 1), done.stdout + done.stderr
     for text in (
         diffnl.__version__,
         torch.__version__,
@@ -39,7 +42,55 @@ def test_the_report_has_what_a_bug_report_needs():
     ):
         assert text in done.stdout, text
     assert "float32  list: ok" in done.stdout and "float64  gradients: ok" in done.stdout
-    assert " ms" in done.stdout and done.stdout.rstrip().endswith("everything is right")
+    assert " ms" in done.stdout
+    assert done.stdout.rstrip().endswith("everything is right") == COMPLETE
+
+
+def pretend_kernels(monkeypatch, backend, **part):
+    """Lets torch be built for CUDA or ROCm, and diffnl's library for it be one of such a state."""
+    for name in ("cuda", "hip"):
+        monkeypatch.setattr(torch.version, name, "7.1" if name == backend else None)
+    kernels = None if backend is None else _load.Part(backend, **part)
+    monkeypatch.setattr(_load, "KERNELS", kernels)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+@pytest.mark.parametrize("reason", ["there is no library in the folder", "undefined symbol: some_symbol"])
+def test_a_gpu_library_that_does_not_work_is_the_last_word(report, monkeypatch, backend, reason):
+    pretend_kernels(monkeypatch, backend, reason=reason)
+    status, output = report()
+    last = output.rstrip().splitlines()[-1]
+    assert status == 1 and last.startswith("the CPU is right; no GPU works: torch"), last
+    assert f"was built for {_load.NAMES[backend]}" in last and reason in last
+    assert f"run `DIFFNL_BACKEND={backend} pip install --no-build-isolation .`" in last
+    assert "everything is right" not in output and "WRONG" not in output
+
+
+def test_a_cpu_that_is_wrong_is_told_beside_a_gpu_library_that_does_not_work(report, monkeypatch):
+    pretend_kernels(monkeypatch, "hip", reason="it does not load")
+    monkeypatch.setattr(self_test, "check_list", lambda device, dtype: "a fault")
+    status, output = report()
+    assert status == 1 and "list: WRONG: a fault" in output
+    assert output.rstrip().splitlines()[-1].startswith("the CPU is WRONG: see above; no GPU works: torch")
+
+
+@pytest.mark.parametrize("backend", [None, "cuda", "hip"])
+def test_a_torch_without_a_gpu_in_sight_is_right(report, monkeypatch, backend):
+    """A torch for CPUs, or one on a login node whose library loads."""
+    pretend_kernels(monkeypatch, backend, path="_library.so", loaded=True)
+    status, output = report()
+    assert status == 0 and output.rstrip().endswith("everything is right")
+
+
+def test_help_tests_nothing(report, monkeypatch, capsys):
+    monkeypatch.setattr(self_test, "facts", lambda: pytest.fail("the report was run"))
+    with pytest.raises(SystemExit) as stopped:
+        self_test.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and "usage: python -m diffnl" in shown and "exit status is 1" in shown
+    with pytest.raises(SystemExit) as stopped:
+        self_test.main(["--fast"])
+    assert stopped.value.code == 2 and "--fast" in capsys.readouterr().err
 
 
 def test_a_vector_that_is_off_in_its_last_bit_is_noticed(report, monkeypatch):

@@ -104,8 +104,8 @@ def test_reset_frees_what_graphs_write(capturing, device):
 
 
 def test_a_default_device_changes_nothing(device):
-    """Two systems of a batch that are searched again without the third, and are numbered anew for that: without
-    `device=` all their atoms were in one of them under "meta"."""
+    """Two systems of a batch that are searched again without the third, and are numbered anew for that:
+    without `device=` all their atoms were in one of them under "meta"."""
     cell = torch.stack([tensor(cubic(edge)) for edge in (6.0, 7.0, 6.5)]).to(device)
     system_idx = (torch.arange(30) % 3).to(device)
     positions = scatter(30, cubic(6.0), 3).to(device)

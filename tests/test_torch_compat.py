@@ -17,6 +17,7 @@ NAMES = [
     "_C._are_functorch_transforms_active",
     "_C._len_torch_dispatch_stack",
     "_functorch.utils.unwrap_dead_wrappers",
+    "_assert_async",
     *(["_C._cuda_getCurrentRawStream"] if torch.backends.cuda.is_built() else []),
 ]
 
@@ -44,8 +45,30 @@ def with_replacements(*command) -> str:
 
 
 def test_the_replacements_are_in_force():
-    code = "from diffnl._torch_compat import *; print(below_autograd.__name__, apply_directly.__name__)"
-    assert with_replacements("-c", code).split() == ["no_grad", "_public_apply"]
+    names = "below_autograd", "apply_directly", "assert_async"
+    code = f"from diffnl._torch_compat import *; print(*(f.__name__ for f in ({', '.join(names)})))"
+    assert with_replacements("-c", code).split() == ["no_grad", "_public_apply", "_public_assert"]
+
+
+@pytest.mark.parametrize("check", [_torch_compat.assert_async, _torch_compat._public_assert])
+def test_an_assertion_raises_where_it_is_false(check):
+    check(torch.tensor(True), "words")
+    check(torch.tensor(3), "words")
+    for false in (torch.tensor(False), torch.tensor([0])):
+        with pytest.raises(RuntimeError, match="words"):
+            check(false, "words")
+
+
+def test_an_assertion_leaves_values_alone_that_nobody_may_look_at():
+    _torch_compat._public_assert(torch.tensor(False, device="meta"), "words")
+    with torch._subclasses.FakeTensorMode():
+        _torch_compat._public_assert(torch.tensor(False), "words")
+
+
+def test_an_assertion_waits_for_a_gpu(gpu):
+    _torch_compat._public_assert(torch.tensor(True, device="cuda"), "words")
+    with pytest.raises(RuntimeError, match="words"):
+        _torch_compat._public_assert(torch.tensor(False, device="cuda"), "words")
 
 
 def test_suite_without_private_names():

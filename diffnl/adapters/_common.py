@@ -8,10 +8,14 @@ import numbers
 import warnings
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
+from .. import _validate
+from .._validate import INTEGERS, has_values
 
-def _shown(value) -> str:
+
+def shown(value) -> str:
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"
 
@@ -20,7 +24,7 @@ def flag(name: str, value) -> bool:
     """True or False, also as a scalar of NumPy or torch, or as 0 or 1. Not whatever is true in an `if`."""
     plain = value.item() if getattr(value, "ndim", None) == 0 else value
     if not isinstance(plain, int) or plain not in (0, 1):
-        raise TypeError(f"`{name}` must be True or False; got {_shown(value)}")
+        raise TypeError(f"`{name}` must be True or False; got {shown(value)}")
     return bool(plain)
 
 
@@ -32,21 +36,21 @@ def axes(value) -> tuple[bool, bool, bool]:
     return tuple(flag("pbc", one) for one in several)
 
 
-def _number(name: str, value) -> float:
+def number(name: str, value) -> float:
     """A number, also of NumPy or torch, as a Python float."""
     if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(f"`{name}` must not require a gradient, which no list has; got {_shown(value)}")
+        raise ValueError(f"`{name}` must not require a gradient, which no list has; got {shown(value)}")
     plain = (
         value.item() if getattr(value, "ndim", None) is not None and math.prod(value.shape) == 1 else value
     )
     if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
-        raise TypeError(f"`{name}` must be a number; got {_shown(value)}")
+        raise TypeError(f"`{name}` must be a number; got {shown(value)}")
     return float(plain)
 
 
 def length(name: str, value) -> float:
     """A finite length > 0, as a Python float."""
-    plain = _number(name, value)
+    plain = number(name, value)
     if not math.isfinite(plain) or plain <= 0.0:
         raise ValueError(f"`{name}` must be finite and > 0; got {plain}")
     return plain
@@ -54,7 +58,7 @@ def length(name: str, value) -> float:
 
 def length_or_zero(name: str, value) -> float:
     """A finite length >= 0, as a Python float."""
-    plain = _number(name, value)
+    plain = number(name, value)
     if not math.isfinite(plain) or plain < 0.0:
         raise ValueError(f"`{name}` must be finite and >= 0; got {plain}")
     return plain
@@ -64,10 +68,48 @@ def count(name: str, value, least: int | None = 0) -> int:
     """An integer, not below `least`."""
     plain = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(plain, bool) or not isinstance(plain, numbers.Integral):
-        raise TypeError(f"`{name}` must be an integer; got {_shown(value)}")
+        raise TypeError(f"`{name}` must be an integer; got {shown(value)}")
     if least is not None and plain < least:
         raise ValueError(f"`{name}` must be >= {least}; got {plain}")
     return int(plain)
+
+
+def integers(name: str, value) -> Tensor:
+    """A tensor of any integer dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor; got {shown(value)}")
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"`{name}` must have an integer dtype; got {value.dtype}")
+    return value
+
+
+def may_look(t: Tensor) -> bool:
+    """Whether values can be checked: there are some yet, and no device is waited for."""
+    return t.device.type == "cpu" and has_values(t)
+
+
+def whole(name: str, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Whole numbers (P, 3), of whatever dtype, as int32; and which rows hold anything else, (P, 1) bool.
+
+    Where values may be looked at, such a row is an error, and there is no second tensor.
+    """
+    if value.dtype == torch.int32:
+        return value, None
+    found = value.to(torch.int32)
+    other = (found != value).any(-1, keepdim=True)  # so is NaN, and what int32 does not hold
+    if not may_look(value):
+        return found, other
+    if bool(other.any()):
+        row = int(other.flatten().nonzero()[0])
+        got = f"{value[row].tolist()} in row {row}"
+        raise ValueError(f"`{name}` must hold whole numbers that fit int32; got {got}")
+    return found, None
+
+
+def systems(system_idx: Tensor, positions: Tensor) -> tuple[Tensor, int]:
+    """The system of each atom and the number of systems, known from (N,) `system_idx` alone: the device is
+    waited for. Where most would be empty they are numbered anew, for a cell that all of them share."""
+    return _validate.count_systems(_validate.system_idx(system_idx, positions), positions)
 
 
 def warn_of_dropped(name: str, limit: int, kept: int, found: int, stacklevel: int) -> None:

@@ -1,12 +1,13 @@
 """ASE: its neighbour lists with our search, and a calculator for any potential made with the layer."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from ..neighbors import neighbor_pairs
-from ..stress import forces_and_stress, to_voigt
+from ..stress import forces_and_stress, has_volume, to_voigt
 from . import _common
 
 
@@ -35,7 +36,7 @@ def primitive_neighbor_list(
         ValueError: unknown quantities; what ASE takes without a word: a cutoff that is not > 0, cutoffs that
             are negative or all 0, radii or numbers that are not (N,), unknown elements, a singular cell on
             periodic axes, where ASE takes a zero vector for 1 Å, values that are not finite.
-        TypeError: a dict without numbers; values of wrong types.
+        TypeError: a dict without numbers; values of wrong types, also cutoffs that are no real numbers.
     """
     if unknown := sorted(set(quantities) - set("ijdDS")):
         raise ValueError(f"`quantities` must be of 'i', 'j', 'd', 'D' and 'S'; got {unknown}")
@@ -68,10 +69,17 @@ def _cutoffs(cutoff, numbers, num_atoms: int):
         if np.shape(numbers) != (num_atoms,):
             raise ValueError(f"`numbers` must have shape (N,) = ({num_atoms},); got {np.shape(numbers)}")
         return _cutoffs_of_elements(cutoff, np.asarray(numbers))
-    if np.ndim(cutoff) == 0:
+    try:
+        radii = np.asarray(cutoff)
+    except ValueError:
+        got = _common.shown(cutoff)
+        raise TypeError(f"`cutoff` must be a number or radii that are numbers; got {got}") from None
+    if radii.ndim == 0:
         longest = _common.length("cutoff", cutoff)
         return longest, lambda i, j: longest
-    radii = np.asarray(cutoff, dtype=float)
+    if radii.dtype.kind not in "iuf":  # NumPy makes numbers of texts, and drops imaginary parts
+        radii = np.array([_common.number("cutoff", radius) for radius in cutoff])
+    radii = radii.astype(float)
     if radii.shape != (num_atoms,):
         raise ValueError(f"`cutoff` must be a number or radii (N,) = ({num_atoms},); got shape {radii.shape}")
     return 2 * _longest(radii, lambda atom: f"atom {atom}"), lambda i, j: radii[i] + radii[j]
@@ -83,9 +91,12 @@ def _cutoffs_of_elements(cutoff: dict, numbers: np.ndarray):
     species, kinds = np.unique(numbers, return_inverse=True)
     table = np.zeros((len(species), len(species)))
     elements = atomic_numbers | {z: z for z in (*atomic_numbers.values(), *species.tolist())}
-    longest = _longest(np.array(list(cutoff.values()), dtype=float), list(cutoff).__getitem__)
-    for pair, value in cutoff.items():
-        names = (pair,) if isinstance(pair, int) else tuple(pair)
+    if not cutoff:
+        raise ValueError("`cutoff` must have a pair of elements at least; got an empty dict")
+    cutoffs = {pair: _common.number("cutoff", value) for pair, value in cutoff.items()}
+    longest = _longest(np.array(list(cutoffs.values())), list(cutoffs).__getitem__)
+    for pair, value in cutoffs.items():
+        names = tuple(pair) if isinstance(pair, Iterable) else (pair,)
         if len(names) != 2 or any(name not in elements for name in names):
             raise ValueError(f"`cutoff` must have pairs of symbols or atomic numbers as keys; got {pair!r}")
         first, second = (species == elements[name] for name in names)
@@ -109,6 +120,7 @@ class _Potential:
     `per_atom`, ("numbers",) say, in `dtype` on `device`. Stress, in ASE's sign and order, needs a periodic
     axis and a cell with a volume, which is what it is divided by; ASE's own calculators also give one for a
     molecule in a box. Results stand until the atoms change; when the potential has changed, call `reset()`.
+    Autocast around a call is without effect: a potential that wants it switches it on itself.
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
@@ -128,8 +140,11 @@ class _Potential:
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=()):
         super().calculate(atoms, properties, system_changes)
-        has_stress = bool(self.atoms.pbc.any()) and self.atoms.cell.rank == 3
-        with torch.inference_mode(False), torch.enable_grad():
+        # In the dtype of the stress: what is a thin volume in float64 may be none in float32.
+        cell = torch.tensor(self.atoms.cell.array, dtype=self.dtype, device="cpu")
+        has_stress = bool(self.atoms.pbc.any()) and bool(has_volume(cell))
+        exact = torch.autocast(self.device.type, enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), exact:
             positions = self._tensor(self.atoms.positions).requires_grad_()
             cell = self._tensor(self.atoms.cell.array) if self.atoms.cell.any() else None
             per_atom = [self._tensor(self.atoms.arrays[name]) for name in self.per_atom]

@@ -55,6 +55,7 @@ class GraphConverter(nn.Module):
         Raises ValueError for isolated atoms, if they are an error, and for a cutoff that is not > 0."""
         from chgnet.graph import CrystalGraph
 
+        _check_response(self.on_isolated_atoms)
         numbers = torch.tensor([site.specie.Z for site in structure], dtype=torch.int32, device=self.device)
         positions = torch.tensor(structure.cart_coords, dtype=torch.float64, device=self.device)
         cell = torch.tensor(structure.lattice.matrix, dtype=torch.float64, device=self.device)

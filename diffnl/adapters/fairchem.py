@@ -6,6 +6,7 @@ fairchem.install()  # fairchem's models build their graphs with diffnl
 """
 
 import math
+import reprlib
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def radius_graph_pbc(
 
     Args:
         data: `AtomicData`, or what has pos (N, 3), cell (B, 3, 3), natoms (B,), pbc (B, 3) or (3,). A `batch`
-            (N,) is used if there is one; otherwise atoms are in order of their systems.
+            (N,) is used if there is one; otherwise atoms are in order of their systems, whose numbers natoms
+            add up to N.
         radius: > 0, in the length unit of the positions.
         max_num_neighbors_threshold: n, the nearest that an atom keeps; <= 0 for all. Unless strict, also all
             whose squared distance is at most 0.01 above that of number n + 1: it leaves shells whole.
@@ -85,13 +87,15 @@ def _graph(data, radius, most: int, strictly: bool, pbc: Tensor, least: float = 
     num_atoms, num_systems = positions.shape[0], cell.shape[0]
     if system_idx is None:
         system_idx = torch.arange(num_systems, device=positions.device)
-        system_idx = system_idx.repeat_interleave(data.natoms, output_size=num_atoms)
+        natoms = _atoms_of_systems(data.natoms, num_systems, positions)
+        system_idx = system_idx.repeat_interleave(natoms, output_size=num_atoms)
     pbc = torch.atleast_2d(pbc).to(positions.device).expand(num_systems, 3)
     cutoff = _just_above(radius, positions.dtype)
     mapping, shifts, vectors = diffnl.neighbor_pairs(positions, cell, pbc, cutoff, system_idx, sorted=True)
     squared = vectors.square().sum(1)
     keep = squared > least if least > 0 else (vectors != 0).any(1)
     if targets is not None:
+        targets = _node_partition(targets, num_atoms)
         keep &= torch.zeros_like(system_idx, dtype=torch.bool).index_fill(0, targets, True)[mapping[0]]
     mapping, shifts, squared = mapping[:, keep], shifts[keep], squared[keep]
     rank = torch.arange(len(squared), device=squared.device) - torch.searchsorted(mapping[0], mapping[0])
@@ -103,6 +107,30 @@ def _graph(data, radius, most: int, strictly: bool, pbc: Tensor, least: float = 
     neighbors = torch.zeros(num_systems, dtype=torch.int64, device=positions.device)
     neighbors.index_add_(0, system_idx[mapping[0]], torch.ones_like(mapping[0]))
     return mapping.flip(0), shifts.to(cell.dtype), neighbors
+
+
+def _atoms_of_systems(natoms, num_systems: int, positions: Tensor) -> Tensor:
+    """`data.natoms`, (B,) int64; one system's may be without an axis. Values are checked on the CPU."""
+    if not isinstance(natoms, Tensor):
+        natoms = torch.tensor(natoms, device=positions.device)
+    natoms = _common.integers("natoms", natoms).reshape(-1).long()
+    if len(natoms) != num_systems:
+        raise ValueError(f"`natoms` must have shape (B,) = ({num_systems},); got ({len(natoms)},)")
+    if _common.may_look(natoms):
+        numbers = natoms.tolist()
+        if min(numbers, default=0) < 0 or sum(numbers) != len(positions):
+            must = f"be >= 0 and add up to N = {len(positions)}"
+            raise ValueError(f"`natoms` must {must}; got {reprlib.repr(numbers)}")
+    return natoms
+
+
+def _node_partition(atoms, num_atoms: int) -> Tensor:
+    """`data.node_partition`, as int64. Values are checked on the CPU."""
+    atoms = _common.integers("node_partition", atoms).long()
+    if _common.may_look(atoms) and bool((outside := (atoms < 0) | (atoms >= num_atoms)).any()):
+        got = atoms[outside][0].item()
+        raise ValueError(f"`node_partition` must hold numbers of atoms in [0, {num_atoms}); got {got}")
+    return atoms
 
 
 def _nearest(centers, rank, squared: Tensor, num_atoms: int, most: int, strictly: bool) -> Tensor:

@@ -8,6 +8,7 @@ To strain the shifts, MACE gathers a cell for each edge; here the edge vectors, 
 come from the strained positions and cells by `diffnl.pair_vectors`.
 """
 
+import math
 from contextlib import ExitStack
 
 import numpy as np
@@ -97,7 +98,8 @@ def edge_vectors_and_lengths(positions, edge_index, unit_shifts, cell, batch=Non
     Args:
         positions: (N, 3) float32 or float64.
         edge_index: (2, P) integer, sender and receiver.
-        unit_shifts: (P, 3) whole numbers, in MACE's data as floats.
+        unit_shifts: (P, 3) whole numbers, in MACE's data as floats. A pair with others is a ValueError on the
+            CPU; on a GPU, where raising would mean waiting, it gets NaN.
         cell: (3B, 3), as in MACE's data, or (B, 3, 3), dtype of the positions; rows are lattice vectors.
         batch: (N,) integer, the system of each atom; needed for more than one cell.
         normalize: divide the vectors by length + `eps`.
@@ -106,8 +108,9 @@ def edge_vectors_and_lengths(positions, edge_index, unit_shifts, cell, batch=Non
         vectors (P, 3), from sender to receiver, and lengths (P, 1). Differentiable to every order, and in the
         cell too: `diffnl.forces_and_stress` of an energy needs no strain.
     """
-    shifts = unit_shifts.to(torch.int32)
+    shifts, not_whole = _common.whole("unit_shifts", unit_shifts)
     vectors = diffnl.pair_vectors(positions, cell.reshape(-1, 3, 3), edge_index, shifts, batch)
+    vectors = vectors if not_whole is None else vectors.masked_fill(not_whole, math.nan)
     lengths = Pairs(edge_index, shifts, vectors).distances.unsqueeze(1)
     return (vectors / (lengths + eps) if _common.flag("normalize", normalize) else vectors), lengths
 

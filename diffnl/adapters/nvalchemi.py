@@ -2,6 +2,7 @@
 
 import math
 import re
+import reprlib
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def neighbor_list(
         cutoff, cutoff2: > 0; |v| < cutoff. A second one adds the tensors of a second list.
         cell, pbc: (3, 3) or (B, 3, 3) in the dtype of `positions`, (3,) or (B, 3) bool; both or neither. One
             holds for all systems, where its own methods read beyond it.
-        batch_idx, batch_ptr: integers, the system of each atom (N,); or where systems begin and end (B + 1,).
+        batch_idx, batch_ptr: integers, the system of each atom (N,); or where systems begin and end (B + 1,),
+            from 0 to N, which is checked on the CPU.
         half_fill: a pair once, i < j, or i = j with a lexicographically positive shift. Its methods disagree.
         return_neighbor_list, fill_value: COO form, not a matrix, with this in empty places (None: N).
         method, wrap_positions, grid_policy: without effect.
@@ -108,17 +110,30 @@ def _spread(values: Tensor, place: Tensor, shape: tuple[int, int], fill: int) ->
 
 def _systems(positions, cell, pbc, batch_idx, batch_ptr):
     """Cell (B, 3, 3) and `pbc` for as many systems as there are, and the system of each atom."""
-    if batch_ptr is not None and len(batch_ptr) < 2:
-        raise ValueError("`batch_ptr` must have length at least 2")
+    if batch_ptr is not None:
+        _check_ptr(batch_ptr, len(positions))
     if batch_ptr is not None and batch_idx is None:
         atoms = torch.arange(len(positions), device=positions.device)
         batch_idx = torch.bucketize(atoms, batch_ptr[1:].long(), right=True)
-    if batch_idx is not None and (cell is None or cell.shape in ((3, 3), (1, 3, 3))):
-        pbc = False if cell is None else pbc
-        cell = positions.new_zeros(1, 3, 3) if cell is None else cell.reshape(1, 3, 3)
-        last = int(batch_idx.max()) if batch_ptr is None and len(batch_idx) else 0
-        cell = cell.expand(last + 1 if batch_ptr is None else len(batch_ptr) - 1, 3, 3)
+    if batch_idx is not None and cell is not None and cell.shape in ((3, 3), (1, 3, 3)):
+        if batch_ptr is None:
+            batch_idx, count = _common.systems(batch_idx, positions)
+        else:
+            count = len(batch_ptr) - 1
+        cell = cell.reshape(1, 3, 3).expand(count, 3, 3)
+    if cell is None:
+        pbc = None
     return cell, pbc.reshape(3) if isinstance(pbc, Tensor) and pbc.numel() == 3 else pbc, batch_idx
+
+
+def _check_ptr(batch_ptr, num_atoms: int) -> None:
+    if _common.integers("batch_ptr", batch_ptr).ndim != 1 or len(batch_ptr) < 2:
+        raise ValueError(f"`batch_ptr` must have shape (B + 1,), B > 0; got {tuple(batch_ptr.shape)}")
+    if _common.may_look(batch_ptr):
+        ends = batch_ptr.tolist()
+        if (ends[0], ends[-1]) != (0, num_atoms) or sorted(ends) != ends:
+            must = f"start at 0, ascend and end at N = {num_atoms}"
+            raise ValueError(f"`batch_ptr` must {must}; got {reprlib.repr(ends)}")
 
 
 def _overflow(limit: int, most: int) -> Exception:

@@ -4,6 +4,7 @@ None of them needs torch_cluster or pyg-lib.
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +72,8 @@ class PeriodicRadiusGraph:
     """A transform like PyG's `RadiusGraph`, through all periodic images and with all neighbours.
 
     Of a `Data` or a `Batch` it reads pos (N, 3) and, where there are, cell (B, 3, 3), pbc (B, 3), batch (N,).
-    Without a pbc all axes of a cell are periodic. It sets edge_attr to None and
+    Without a pbc all axes of a cell are periodic; one flag or three will do as well. It sets edge_attr to
+    None and
 
         edge_index (2, E) int64: source j and target i, i ascending; j = i only for another image.
         cell_shifts (E, 3) int32: S, the number of cells between the images of target and source.
@@ -89,10 +91,10 @@ class PeriodicRadiusGraph:
     def __call__(self, data):
         _check(self.flow)
         data = copy.copy(data)  # as PyG's own transforms: the dataset keeps what it has
-        cell, pbc = getattr(data, "cell", None), getattr(data, "pbc", None)
+        cell, pbc = getattr(data, "cell", None), _axes(data)
         if cell is not None:
             cell = cell.reshape(-1, 3, 3)
-            pbc = True if pbc is None else pbc.reshape(-1, 3).expand(len(cell), 3)
+            pbc = True if pbc is None else pbc
         pairs = diffnl.neighbor_pairs(data.pos, cell, pbc, self.r, getattr(data, "batch", None), sorted=True)
         data.edge_index = pairs.mapping.flip(0) if self.flow == "source_to_target" else pairs.mapping
         data.cell_shifts, data.edge_vec, data.edge_attr = pairs.shifts, pairs.vectors, None
@@ -113,6 +115,22 @@ class InteractionGraph(nn.Module):
         """edge_index (2, E), source and target, and the distances (E,), of pos (N, 3) and batch (N,)."""
         pairs = self.neighbors(pos, system_idx=batch)
         return pairs.mapping.flip(0), pairs.distances
+
+
+def _axes(data):
+    """The pbc of `data` as `diffnl.neighbor_pairs` takes it. PyG makes a tensor (B,) of the single flags of a
+    batch, a list of their threes, and a tensor (3 B,) of tensors (3,)."""
+    pbc = getattr(data, "pbc", None)
+    if isinstance(pbc, list) and any(map(np.ndim, pbc)):
+        return torch.tensor([_common.axes(flags) for flags in pbc], device=data.pos.device)
+    if not isinstance(pbc, Tensor) or pbc.ndim == 0:
+        return pbc
+    ends = (getattr(data, "_slice_dict", None) or {}).get("pbc")  # of each graph, in a batch
+    if pbc.ndim == 1 and ends is not None and len(ends) == len(pbc) + 1:
+        return pbc[:, None].expand(-1, 3)
+    if pbc.numel() == 3:  # for all systems
+        return pbc.reshape(3)
+    return pbc.reshape(-1, 3) if pbc.numel() % 3 == 0 else pbc
 
 
 def _check(flow: str) -> None:

@@ -23,18 +23,20 @@ def find_points_in_spheres(all_coords, center_coords, r, pbc, lattice, tol=1e-8,
         pbc: three flags.
         lattice: (3, 3), rows are lattice vectors.
         tol: what is added to r^2, so a squared length, whatever its name in `Structure.get_neighbor_list`.
-        min_r: the radius below which the other rule holds.
+        min_r: the radius >= 0 below which the other rule holds.
 
     Returns:
         Arrays by ascending centre: centres (P,) int64, points (P,) int64, the images of the points (P, 3)
         float64, distances (P,) float64. pymatgen fixes no order of the points of a centre.
 
     Raises:
-        ValueError: a negative radius; what `neighbor_pairs` raises: values that are not finite, a singular
-            lattice on periodic axes; pymatgen checks none of these, and needs a lattice that can be inverted
-            on open axes too. No points or no centres make an empty list here, and an error there.
+        ValueError: a negative `r`, `tol` or `min_r`; what `neighbor_pairs` raises: values that are not
+            finite, a singular lattice on periodic axes; pymatgen checks none of these, and needs a lattice
+            that can be inverted on open axes too. No points or no centres make an empty list here, and an
+            error there.
     """
     r, tol = _common.length_or_zero("r", r), _common.length_or_zero("tol", tol)
+    min_r = _common.length_or_zero("min_r", min_r)
     points, centers = (np.asarray(x, dtype=float).reshape(len(x), 3) for x in (all_coords, center_coords))
     same = np.array_equal(points, centers)
     positions = torch.tensor(points if same else np.concatenate([centers, points]), device="cpu")

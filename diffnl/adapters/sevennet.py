@@ -82,7 +82,7 @@ def graph(
             system_idx = atomic_numbers.new_zeros(len(positions))
         number = system_idx.new_zeros(len(cell)).index_add(0, system_idx, torch.ones_like(system_idx))
         data[KEY.BATCH] = system_idx.long()
-    atomic_numbers = atomic_numbers.long()
+    atomic_numbers = _common.integers("atomic_numbers", atomic_numbers).long()
     a, b, c = cell.detach().unbind(-2)
     data |= {
         KEY.NODE_FEATURE: atomic_numbers,  # the model puts its own numbers there

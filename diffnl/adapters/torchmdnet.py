@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 import diffnl
 
-from .._validate import has_values
+from .._torch_compat import assert_async
 from . import _common
 
 TOO_MANY = "Found num_pairs > max_num_pairs, please increase max_num_pairs"  # theirs, word for word
+
+_FLAGS = "return_vecs", "loop", "include_transpose", "resize_to_fit", "long_edge_index", "use_periodic"
 
 
 class OptimizedDistance(nn.Module):
@@ -22,8 +24,8 @@ class OptimizedDistance(nn.Module):
     nearest image without a check. Cannot be scripted.
 
     Args:
-        cutoff_lower, cutoff_upper: >= 0 and > 0, in the length unit of the positions.
-        max_num_pairs: how many edges there may be; negative: as many times the number of atoms.
+        cutoff_lower, cutoff_upper: >= 0 and above it, in the length unit of the positions.
+        max_num_pairs: an integer, how many edges there may be; negative: as many times the number of atoms.
         loop: list each atom with itself, at distance 0 and whatever `cutoff_lower`; these come first.
         strategy: "brute" or "cell", which makes no difference; anything else is a ValueError.
         include_transpose: list (i, j) and (j, i). Otherwise one of the two, with i > j unless both are images
@@ -49,18 +51,24 @@ class OptimizedDistance(nn.Module):
         long_edge_index=True,
     ):
         super().__init__()
-        if strategy not in ("brute", "cell"):
-            raise ValueError(f"`strategy` must be 'brute' or 'cell'; got {strategy!r}")
-        names = "return_vecs", "loop", "include_transpose", "resize_to_fit", "long_edge_index"
-        given = return_vecs, loop, include_transpose, resize_to_fit, long_edge_index
-        for name, value in zip(names, given, strict=True):
-            _common.flag(name, value)
         self.cutoff_lower, self.cutoff_upper, self.max_num_pairs = cutoff_lower, cutoff_upper, max_num_pairs
         self.return_vecs, self.loop, self.include_transpose = return_vecs, loop, include_transpose
         self.strategy, self.resize_to_fit, self.long_edge_index = strategy, resize_to_fit, long_edge_index
         self.use_periodic = box is not None
+        self._checked()
         # Of no effect where it is zero, and then where modules are made, as all buffers are.
         self.register_buffer("box", torch.zeros(3, 3) if box is None else box)
+
+    def _checked(self) -> tuple:
+        """The options as they are now: models and their users assign some later."""
+        if self.strategy not in ("brute", "cell"):
+            raise ValueError(f"`strategy` must be 'brute' or 'cell'; got {self.strategy!r}")
+        lower = _common.length_or_zero("cutoff_lower", self.cutoff_lower)
+        upper = _common.length("cutoff_upper", self.cutoff_upper)
+        if lower >= upper:
+            raise ValueError(f"`cutoff_lower` must be below `cutoff_upper`, {upper}; got {lower}")
+        most = _common.count("max_num_pairs", self.max_num_pairs, least=None)
+        return lower, upper, most, *(_common.flag(name, getattr(self, name)) for name in _FLAGS)
 
     def forward(self, pos: Tensor, batch: Tensor | None = None, box: Tensor | None = None):
         """edge_index (2, E), edge_weight (E,) the distances, and edge_vec (E, 3) or None, for pos (N, 3).
@@ -69,25 +77,24 @@ class OptimizedDistance(nn.Module):
             RuntimeError: more edges than `max_num_pairs`; on a GPU without `resize_to_fit` asynchronously.
             ValueError, TypeError: as `diffnl.neighbor_pairs`.
         """
-        lower = _common.length_or_zero("cutoff_lower", self.cutoff_lower)
-        upper = _common.length("cutoff_upper", self.cutoff_upper)
+        lower, upper, most, return_vecs, loop, both, fit, long, use_periodic = self._checked()
         num_atoms = pos.shape[0]
-        most = self.max_num_pairs if self.max_num_pairs >= 0 else -self.max_num_pairs * num_atoms
-        loops = num_atoms if self.loop else 0
+        most = most if most >= 0 else -most * num_atoms
+        loops = num_atoms if loop else 0
         if loops > most:
             raise RuntimeError(TOO_MANY)
-        capacity = None if self.resize_to_fit else most - loops
-        periodic = self.use_periodic or box is not None
-        cell = _cells(self.box if box is None else box, pos, batch, periodic, capacity)
-        options = {"full": self.include_transpose, "capacity": capacity}
+        capacity = None if fit else most - loops
+        periodic = use_periodic or box is not None
+        cell, batch = _cells(self.box if box is None else box, pos, batch, periodic, capacity)
+        options = {"full": both, "capacity": capacity}
         pairs = diffnl.neighbor_pairs(pos, cell, periodic, upper, batch, **options)
         # A copy: models write into the vectors, and the gradient of the distances needs them as they are.
         index, weight, vec = pairs.mapping.flip(0), pairs.distances, pairs.vectors.clone()
         near = vec.detach().square().sum(1) < lower**2
         if capacity is not None:
-            if pos.device.type == "cpu" and has_values(pos) and pairs.num_pairs < 0:
+            if _common.may_look(pos) and pairs.num_pairs < 0:
                 pairs.check()  # raises; on a GPU, which is not waited for, vectors are NaN
-            torch._assert_async(pairs.num_pairs <= capacity, TOO_MANY)
+            assert_async(pairs.num_pairs <= capacity, TOO_MANY)
             gone = near | ~pairs.mask
             index, weight = index.masked_fill(gone, -1), weight.masked_fill(gone, 0.0)
             vec = vec.masked_fill(gone.unsqueeze(1), 0.0)
@@ -96,12 +103,12 @@ class OptimizedDistance(nn.Module):
             index, weight, vec = index[:, kept], weight[kept], vec[kept]
         if loops + len(weight) > most:
             raise RuntimeError(TOO_MANY)
-        if self.loop:
+        if loop:
             itself = torch.arange(num_atoms, device=pos.device).expand(2, -1)
             index = torch.cat((itself, index), 1)
             weight = torch.cat((weight.new_zeros(num_atoms), weight))
             vec = torch.cat((vec.new_zeros(num_atoms, 3), vec))
-        return index if self.long_edge_index else index.int(), weight, vec if self.return_vecs else None
+        return index if long else index.int(), weight, vec if return_vecs else None
 
 
 def replace_distances(model: nn.Module) -> nn.Module:
@@ -116,15 +123,15 @@ def replace_distances(model: nn.Module) -> nn.Module:
     return model
 
 
-def _cells(box: Tensor, pos: Tensor, batch: Tensor | None, periodic: bool, capacity) -> Tensor | None:
-    """A cell for each sample; None for open boundaries."""
+def _cells(box: Tensor, pos: Tensor, batch: Tensor | None, periodic: bool, capacity):
+    """A cell for each sample, None for open boundaries, and the sample of each atom."""
     if not periodic and (capacity is None or batch is None):
-        return None
+        return None, batch
     cell = box.to(pos.dtype) if periodic else pos.new_zeros(3, 3)
     if batch is None or (cell.ndim == 3 and len(cell) > 1):
-        return cell
+        return cell, batch
     if capacity is None:
-        num_samples = int(batch.max()) + 1 if len(batch) else 1
+        batch, num_samples = _common.systems(batch, pos)
     else:
         num_samples = len(batch)  # as many as there can be: to look would mean to wait for the device
-    return cell.reshape(3, 3).expand(num_samples, 3, 3)
+    return cell.reshape(3, 3).expand(num_samples, 3, 3), batch

@@ -47,8 +47,8 @@ def torchsim_nl(
     Raises:
         ValueError, TypeError: as `diffnl.neighbor_pairs`.
     """
-    cell, pbc = _by_system(cell, pbc, system_idx)
-    pairs = diffnl.neighbor_pairs(positions, cell, pbc, _common.length("cutoff", cutoff), system_idx)
+    cell, pbc, of_atom = _by_system(positions, cell, pbc, system_idx)
+    pairs = diffnl.neighbor_pairs(positions, cell, pbc, _common.length("cutoff", cutoff), of_atom)
     mapping, shifts = pairs.mapping, pairs.shifts.to(positions.dtype)
     if _common.flag("self_interaction", self_interaction):
         atoms = torch.arange(positions.shape[0], device=positions.device)
@@ -81,13 +81,16 @@ def unbatched_nl(
     return pairs.mapping, pairs.shifts.to(positions.dtype)
 
 
-def _by_system(cell: Tensor, pbc: Tensor | bool, system_idx: Tensor) -> tuple[Tensor, Tensor | bool]:
-    """The cell as (B, 3, 3), and flags that are (3 B,) as (B, 3)."""
+def _by_system(
+    positions: Tensor, cell: Tensor, pbc: Tensor | bool, system_idx: Tensor
+) -> tuple[Tensor, Tensor | bool, Tensor]:
+    """The cell as (B, 3, 3), flags that are (3 B,) as (B, 3), and the system of each atom."""
     if isinstance(pbc, Tensor) and pbc.ndim == 1 and pbc.numel() != 3:
         pbc = pbc.reshape(-1, 3)
     if cell.ndim == 2 and cell.shape[0] != 3:
-        return cell.reshape(-1, 3, 3), pbc
+        return cell.reshape(-1, 3, 3), pbc, system_idx
     if cell.ndim == 2 and system_idx.numel() > 0:
         # One cell for all systems, whose number is known from the data alone: the device is waited for.
-        cell = cell.expand(max(int(system_idx.max()) + 1, 1), 3, 3)
-    return cell, pbc
+        system_idx, count = _common.systems(system_idx, positions)
+        cell = cell.expand(count, 3, 3)
+    return cell, pbc, system_idx

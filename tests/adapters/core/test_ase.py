@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import ase.neighborlist
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.calculators.morse import MorsePotential
 from structures import CRYSTALS, STRUCTURES, canonical, random_box
@@ -104,6 +106,7 @@ def test_self_comes_first_in_its_row():
 
 
 BAD_CUTOFFS = {
+    "nothing": ({}, "`cutoff` must have a pair of elements at least; got an empty dict"),
     "zero": (0.0, "must be finite and > 0; got 0.0"),
     "negative": (-1.0, "must be finite and > 0; got -1.0"),
     "an element pair at 0": ({("Na", "Cl"): 0.0}, "must be > 0 for some pair"),
@@ -127,6 +130,48 @@ def test_bad_cutoffs_are_errors_where_ase_says_nothing(name):
         assert ase.neighborlist.neighbor_list("i", CRYSTALS["salt"], cutoff).dtype == np.int64
     with pytest.raises(ValueError, match=f"`cutoff` {message}"):
         neighbor_list("i", CRYSTALS["salt"], cutoff)
+
+
+NO_NUMBERS = {
+    "a text for a pair": {("Na", "Cl"): "2"},
+    "an array for a pair": {("Na", "Cl"): np.array([2.0, 3.0])},
+    "a complex number for a pair": {("Na", "Cl"): 2.0 + 0.5j},
+    "texts": ["2"] * 8,
+    "complex numbers": np.full(8, 2.0 + 0.5j),
+    "numbers and arrays": [np.ones(2)] + [1.0] * 7,
+    "flags": [True] * 8,
+    "a complex number": 2.0 + 0.5j,
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_cutoffs_that_are_no_real_numbers(name):
+    with pytest.raises(TypeError, match="`cutoff` must be a number"):
+        neighbor_list("i", CRYSTALS["salt"], NO_NUMBERS[name])
+
+
+@pytest.mark.parametrize("number", [int, np.int64, np.uint8])
+def test_atomic_numbers_of_any_integer_type_in_a_dict(number):
+    by_number = {(number(11), "Cl"): np.float32(3.0), (number(11), number(11)): 4.5}
+    expected = neighbor_list("ijS", CRYSTALS["salt"], {("Na", "Cl"): 3.0, ("Na", "Na"): 4.5})
+    assert len(expected[0]) > 20
+    for mine, other in zip(neighbor_list("ijS", CRYSTALS["salt"], by_number), expected, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("key", [11, np.int64(11), 1.5, None], ids=repr)
+def test_a_key_that_is_no_pair(key):
+    with pytest.raises(
+        ValueError, match="`cutoff` must have pairs of symbols or atomic numbers as keys; got"
+    ):
+        neighbor_list("i", CRYSTALS["salt"], {key: 3.0})
+
+
+def test_radii_of_any_real_type():
+    expected = neighbor_list("ijS", CRYSTALS["salt"], np.full(8, 2.0))
+    for radii in (np.full(8, 2), [2] * 8, torch.full((8,), 2.0), [np.float32(2)] * 8, [Fraction(2)] * 8):
+        for mine, other in zip(neighbor_list("ijS", CRYSTALS["salt"], radii), expected, strict=True):
+            np.testing.assert_array_equal(mine, other)
 
 
 def test_radii_for_fewer_atoms_are_no_bare_index_error():

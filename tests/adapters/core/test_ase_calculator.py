@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from ase import units
+from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
@@ -120,6 +120,64 @@ def test_a_molecule_in_a_box_has_no_stress():
     np.testing.assert_allclose(atoms.get_forces(), theirs_on(atoms).get_forces(), rtol=0, atol=1e-8)
     with pytest.raises(PropertyNotImplementedError):
         atoms.get_stress()
+
+
+@pytest.mark.parametrize("angles", [(0, 0, 0), (10, 20, 30), (71, -37, 13), (180, 45, 90)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_no_stress_where_the_rows_of_the_cell_lie_in_a_plane(dtype, angles):
+    """Its rank in ASE is the number of rows that are not zero. Rotated, the volume is one of rounding."""
+    atoms = Atoms("Cu2", [[0, 0, 0], [1.5, 1.0, 2.0]], cell=[[4, 0, 0], [0, 4, 0], [4, 4, 0]], pbc=(1, 1, 0))
+    for angle, axis in zip(angles, "xyz", strict=True):
+        atoms.rotate(angle, axis, rotate_cell=True)
+    assert atoms.cell.rank == 3
+    atoms = with_calculator(atoms, lennard_jones, dtype=dtype)
+    assert np.isfinite(atoms.get_forces()).all() and "stress" not in atoms.calc.results
+    with pytest.raises(PropertyNotImplementedError):
+        atoms.get_stress()
+
+
+def test_a_volume_that_float32_does_not_tell_from_rounding():
+    atoms = Atoms("Cu", cell=[[4, 0, 0], [0, 4, 0], [4, 4, 1e-6]], pbc=(1, 1, 0))
+    with_calculator(atoms, lennard_jones).get_stress()
+    with pytest.raises(PropertyNotImplementedError):
+        with_calculator(atoms, lennard_jones, dtype=torch.float32).get_stress()
+
+
+class Perceptron(torch.nn.Module):
+    """Energies of pairs by a matrix product, which autocast would round to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 1))
+
+    def forward(self, positions, cell, pbc):
+        distances = diffnl.neighbor_pairs(positions, cell, pbc, 4.0).distances.unsqueeze(1)
+        basis = torch.sin(torch.arange(1, 9) * distances) * (4.0 - distances) ** 3
+        return self.layers(basis).sum()
+
+
+def test_same_bits_under_autocast():
+    expected = with_calculator(STRUCTURES["silicon_sheared"], Perceptron(), dtype=torch.float32)
+    found = with_calculator(STRUCTURES["silicon_sheared"], Perceptron(), dtype=torch.float32)
+    expected.get_potential_energy()
+    with torch.autocast("cpu", torch.bfloat16):
+        found.get_potential_energy()
+    assert np.abs(expected.get_forces()).max() > 0.1
+    for name in ("energy", "forces", "stress"):
+        assert np.array_equal(found.calc.results[name], expected.calc.results[name])
+
+
+def test_a_potential_may_switch_autocast_on():
+    seen = []
+
+    def energy(positions, cell, pbc):
+        with torch.autocast("cpu", torch.bfloat16):
+            seen.append((positions @ positions.mT).dtype)
+        return positions.square().sum()
+
+    with_calculator(OPEN["ethanol"], energy, dtype=torch.float32).get_forces()
+    assert seen == [torch.bfloat16]
 
 
 def test_writes_to_no_array_of_the_atoms():

@@ -229,6 +229,17 @@ def test_a_negative_cutoff_is_an_error_though_its_square_is_used(name):
         converter.set_isolated_atom_response("eror")
 
 
+def test_a_response_to_isolated_atoms_that_is_assigned_is_checked_too():
+    """It was only looked at where there are some, and a typing error was none."""
+    converter = GraphConverter()
+    converter.on_isolated_atoms = "rais"
+    for structure in (structure_of(CRYSTALS["salt"]), far_apart()):
+        with pytest.raises(
+            ValueError, match="`on_isolated_atoms` must be 'ignore', 'warn' or 'error'; got 'rais'"
+        ):
+            converter(structure)
+
+
 def far_apart(edge: float = 20.0):
     return structure_of(Atoms("He2", [[0, 0, 0], [10, 10, 10]], cell=edge * np.eye(3), pbc=True))
 

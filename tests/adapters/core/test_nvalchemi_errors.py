@@ -87,8 +87,35 @@ def test_dtypes_that_do_not_match():
         neighbor_list(positions.float(), 4.0, cell, pbc)
     with pytest.raises(TypeError, match="two cutoffs"):
         neighbor_list(positions, 4.0, cell, pbc, cutoff2=5.0, return_vectors=True)
-    with pytest.raises(ValueError, match="system_idx"):
-        neighbor_list(positions, 4.0, batch_ptr=torch.tensor([0, 3, 5]))
+
+
+@pytest.mark.parametrize(
+    "ends", [[5, 6, 8], [0, 3, 5], [0, 3, 9], [0, 6, 3, 8], [-1, 8], [1, 8]], ids=lambda ends: str(ends)
+)
+def test_a_batch_ptr_that_does_not_hold_all_atoms(ends):
+    """[5, 6, 8] put atoms 0 to 4 into system 0."""
+    positions = tensors(CRYSTALS["salt"])[0]
+    message = rf"`batch_ptr` must start at 0, ascend and end at N = 8; got \[{ends[0]}, "
+    with pytest.raises(ValueError, match=message):
+        neighbor_list(positions, 4.0, batch_ptr=torch.tensor(ends))
+
+
+def test_a_batch_ptr_of_another_kind():
+    positions = tensors(CRYSTALS["salt"])[0]
+    with pytest.raises(TypeError, match="`batch_ptr` must have an integer dtype; got torch.float32"):
+        neighbor_list(positions, 4.0, batch_ptr=torch.tensor([0.0, 3.5, 8.0]))
+    with pytest.raises(TypeError, match="`batch_ptr` must be a torch.Tensor; got .* of type list"):
+        neighbor_list(positions, 4.0, batch_ptr=[0, 3, 8])
+    with pytest.raises(ValueError, match=r"`batch_ptr` must have shape \(B \+ 1,\), B > 0; got \(1,\)"):
+        neighbor_list(positions, 4.0, batch_ptr=torch.tensor([0]))
+
+
+def test_systems_without_atoms():
+    positions = tensors(CRYSTALS["salt"])[0]
+    found = neighbor_list(positions, 4.0, batch_ptr=torch.tensor([0, 0, 3, 3, 8], dtype=torch.int32))
+    expected = neighbor_list(positions, 4.0, batch_idx=torch.tensor([1] * 3 + [3] * 5))
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("method", real.__dict__["NEIGHBOR_LIST_STRATEGIES"])

@@ -197,6 +197,61 @@ def test_transform_without_cell_or_pbc():
     assert torch.equal(found.edge_index.flip(0), expected.mapping)
 
 
+FLAGS = {
+    "a flag": (True, [True] * 3),
+    "no flag": (False, [False] * 3),
+    "a list": ([True, False, True], [True, False, True]),
+    "a tuple": ((1, 1, 0), [True, True, False]),
+    "an array": (np.array([False, True, True]), [False, True, True]),
+    "a tensor of one": (torch.tensor(True), [True] * 3),
+    "a tensor": (torch.tensor([True, False, False]), [True, False, False]),
+}
+
+
+@pytest.mark.parametrize("form", FLAGS)
+def test_flags_in_every_form_of_the_search(form):
+    data, (pbc, flags) = data_of(SYSTEMS["salt"]), FLAGS[form]
+    expected = diffnl.neighbor_pairs(data.pos, data.cell, torch.tensor(flags), 4.0, sorted=True)
+    data.pbc = pbc
+    found = PeriodicRadiusGraph(4.0)(data)
+    assert torch.equal(found.edge_index.flip(0), expected.mapping)
+    assert torch.equal(found.cell_shifts, expected.shifts)
+
+
+FLAGS_OF_EACH = {
+    "flags": [True, False, True],
+    "lists": [[True, False, False], [True] * 3, [False, True, True]],
+    "arrays": [np.array([True, False, False]), np.ones(3, dtype=bool), np.array([False, True, True])],
+    "tensors": [torch.tensor([True, False, False]), torch.ones(3, dtype=bool), torch.zeros(3, dtype=bool)],
+}
+
+
+@pytest.mark.parametrize("form", FLAGS_OF_EACH)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_flags_in_every_form_after_batching(count, form):
+    """PyG makes a tensor (B,) of single flags: of three graphs it looks like the flags of three axes."""
+    systems = [data_of(SYSTEMS[name]) for name in ("salt", "silicon", "ethanol")][:count]
+    for data, pbc in zip(systems, FLAGS_OF_EACH[form], strict=False):
+        data.cell, data.pbc = 9.0 * torch.eye(3, dtype=torch.float64)[None], pbc
+    transform = PeriodicRadiusGraph(4.0)
+    one_by_one = Batch.from_data_list([transform(data) for data in systems])
+    together = transform(Batch.from_data_list(systems))
+    for key in ("edge_index", "cell_shifts", "edge_vec"):
+        assert torch.equal(one_by_one[key], together[key])
+
+
+def test_flags_that_are_none():
+    data = data_of(SYSTEMS["salt"])
+    for pbc, error in (
+        ("TTF", TypeError),
+        ([True, False], ValueError),
+        (torch.tensor([True] * 2), ValueError),
+    ):
+        data.pbc = pbc
+        with pytest.raises(error, match="`pbc` must"):
+            PeriodicRadiusGraph(4.0)(data)
+
+
 def test_schnet():
     """PyG's SchNet: torch_cluster's graph and its own distances against ours through diffnl."""
 

@@ -157,6 +157,11 @@ def test_values_that_are_not_finite():
     assert len(theirs(**SIMPLE_CUBIC, r=-0.5)[0]) == 0
     with pytest.raises(ValueError, match="`r` must be finite and >= 0; got -0.5"):
         ours(**SIMPLE_CUBIC, r=-0.5)
+    for min_r in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match=f"`min_r` must be finite and >= 0; got {min_r}"):
+            ours(**SIMPLE_CUBIC, r=2.0, min_r=min_r)
+    with pytest.raises(TypeError, match="`min_r` must be a number; got 'x' of type str"):
+        ours(**SIMPLE_CUBIC, r=2.0, min_r="x")
 
 
 # Structures, which import the function inside their methods.

@@ -399,6 +399,13 @@ def test_bad_cutoff(cutoff):
         graph_build(cutoff, [True] * 3, np.eye(3), np.zeros((1, 3)))
 
 
+def test_atomic_numbers_that_are_no_integers():
+    """Their decimals would be cut off."""
+    cell = 9.0 * torch.eye(3)
+    with pytest.raises(TypeError, match="`atomic_numbers` must have an integer dtype; got torch.float32"):
+        graph(torch.zeros(1, 3), cell, True, torch.tensor([6.5]), 4.0)
+
+
 def test_recipe(calculator):
     names = run_recipe("SevenNet")
     assert dataload._graph_build_f is graph_build

@@ -181,6 +181,45 @@ def test_errors():
         OptimizedDistance()(torch.zeros(2, 3, dtype=torch.float16))
 
 
+FLAGS = "return_vecs", "loop", "include_transpose", "resize_to_fit", "long_edge_index", "use_periodic"
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_are_checked_where_they_are_used(name):
+    """Models and their users assign them: any text would be true."""
+    module = OptimizedDistance(max_num_pairs=-60, box=BOX)
+    setattr(module, name, "False")
+    with pytest.raises(TypeError, match=f"`{name}` must be True or False; got 'False' of type str"):
+        module(atoms())
+    expected = OptimizedDistance(max_num_pairs=-60, box=BOX)
+    for flag in (True, False):
+        setattr(module, name, np.bool_(flag))
+        setattr(expected, name, flag)
+        for mine, other in zip(module(atoms()), expected(atoms()), strict=True):
+            assert mine is other is None or (mine.dtype == other.dtype and torch.equal(mine, other))
+
+
+BAD_OPTIONS = [
+    ("max_num_pairs", float("nan"), TypeError, "`max_num_pairs` must be an integer; got nan"),
+    ("max_num_pairs", True, TypeError, "`max_num_pairs` must be an integer; got True"),
+    ("max_num_pairs", 2.5, TypeError, "`max_num_pairs` must be an integer; got 2.5"),
+    ("max_num_pairs", "x", TypeError, "`max_num_pairs` must be an integer; got 'x'"),
+    ("cutoff_lower", 6.0, ValueError, "`cutoff_lower` must be below `cutoff_upper`, 5.0; got 6.0"),
+    ("cutoff_lower", 5.0, ValueError, "`cutoff_lower` must be below `cutoff_upper`, 5.0; got 5.0"),
+    ("strategy", "shared", ValueError, "`strategy` must be 'brute' or 'cell'; got 'shared'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), BAD_OPTIONS)
+def test_options_are_checked_when_given_and_when_assigned(name, value, error, message):
+    with pytest.raises(error, match=message):
+        OptimizedDistance(**{name: value})
+    module = OptimizedDistance()
+    setattr(module, name, value)
+    with pytest.raises(error, match=message):
+        module(atoms())
+
+
 def network(model, **more):
     torch.manual_seed(0)
     return create_model(

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +186,58 @@ def test_errors():
         ours.radius_graph_pbc(data, 5.0, ALL)
     with pytest.raises(AssertionError, match="pbc"):
         ours.radius_graph_pbc(object(), 5.0, ALL)
+
+
+def without_batch(name):
+    data = data_of(SYSTEMS[name])
+    return SimpleNamespace(pos=data.pos, cell=data.cell, pbc=data.pbc, natoms=data.natoms)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("natoms", "error", "message"),
+    [
+        ([7], ValueError, r"`natoms` must be >= 0 and add up to N = 8; got \[7\]"),
+        ([9], ValueError, r"`natoms` must be >= 0 and add up to N = 8; got \[9\]"),
+        ([4, 4], ValueError, r"`natoms` must have shape \(B,\) = \(1,\); got \(2,\)"),
+        ([8.0], TypeError, "`natoms` must have an integer dtype; got torch.float"),
+    ],
+)
+def test_numbers_of_atoms_that_are_not_those_of_the_systems(version, natoms, error, message):
+    data = without_batch("salt")
+    data.natoms = torch.tensor(natoms)
+    with pytest.raises(error, match=message):
+        VERSIONS[version][0](data, 5.0, ALL)
+
+
+def test_negative_numbers_of_atoms():
+    data = without_batch("salt")
+    data.natoms, data.cell, data.pbc = torch.tensor([9, -1]), data.cell.expand(2, 3, 3), data.pbc.expand(2, 3)
+    with pytest.raises(ValueError, match=r"`natoms` must be >= 0 and add up to N = 8; got \[9, -1\]"):
+        ours.radius_graph_pbc(data, 5.0, ALL)
+
+
+def test_the_number_of_atoms_of_one_system_in_any_form():
+    data = without_batch("salt")
+    expected = ours.radius_graph_pbc(data_of(SYSTEMS["salt"]), 5.0, ALL)
+    for natoms in (8, [8], torch.tensor(8), torch.tensor([8], dtype=torch.int32)):
+        data.natoms = natoms
+        assert_same(ours.radius_graph_pbc(data, 5.0, ALL), expected)
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ([True] * 8, TypeError, "`node_partition` must have an integer dtype; got torch.bool"),
+        ([0, 8], ValueError, r"`node_partition` must hold numbers of atoms in \[0, 8\); got 8"),
+        ([-1, 0], ValueError, r"`node_partition` must hold numbers of atoms in \[0, 8\); got -1"),
+    ],
+)
+def test_a_node_partition_that_holds_no_numbers_of_atoms(targets, error, message):
+    data = data_of(SYSTEMS["salt"])
+    data["node_partition"] = torch.tensor(targets)
+    with pytest.raises(error, match=message):
+        ours.radius_graph_pbc_v2(data, 5.0, ALL)
 
 
 @pytest.fixture
