@@ -106,7 +106,6 @@ def test_self_comes_first_in_its_row():
 
 
 BAD_CUTOFFS = {
-    "nothing": ({}, "`cutoff` must have a pair of elements at least; got an empty dict"),
     "zero": (0.0, "must be finite and > 0; got 0.0"),
     "negative": (-1.0, "must be finite and > 0; got -1.0"),
     "an element pair at 0": ({("Na", "Cl"): 0.0}, "must be > 0 for some pair"),
@@ -130,6 +129,11 @@ def test_bad_cutoffs_are_errors_where_ase_says_nothing(name):
         assert ase.neighborlist.neighbor_list("i", CRYSTALS["salt"], cutoff).dtype == np.int64
     with pytest.raises(ValueError, match=f"`cutoff` {message}"):
         neighbor_list("i", CRYSTALS["salt"], cutoff)
+
+
+def test_no_cutoffs_are_an_error():
+    with pytest.raises(ValueError, match="`cutoff` must have a pair of elements at least; got an empty dict"):
+        neighbor_list("i", CRYSTALS["salt"], {})
 
 
 NO_NUMBERS = {
