@@ -71,8 +71,8 @@ DIFFNL_HD inline double norm(const double* a) { return std::sqrt(a[0] * a[0] + a
 constexpr double kLeastArea = 1e-145, kLargestArea = 1e150;
 
 // Completes the periodic rows with orthonormal ones. Returns false when the periodic vectors are zero or
-// linearly dependent to within the rounding of T, or so short or long that areas cannot be computed. Local arrays have constant indices only: on a GPU they live in
-// registers.
+// linearly dependent to within the rounding of T, or so short or long that areas cannot be computed. Local arrays
+// have constant indices only: on a GPU they live in registers.
 template <typename T>
 DIFFNL_HD inline bool make_search_cell(const T* cell, const bool* pbc, SearchCell& out) {
   double* h = out.h;
