@@ -195,7 +195,6 @@ void select_cpu(const Candidates& candidates, const Jumps& jumps, const T* posit
   const int64_t num_rows = candidates.num_atoms, *offsets = candidates.offsets;
   constexpr double candidate_work = 3.0;  // ns in each of the passes
   const double work = candidate_work * static_cast<double>(offsets[num_rows]);
-  const int64_t block = block_of_rows(num_rows, work);
   // Where the marks of each row begin, and its pairs.
   std::vector<int64_t> words(static_cast<size_t>(num_rows) + 1, 0), first(words);
   for (int64_t i = 0; i < num_rows; ++i)
@@ -203,7 +202,7 @@ void select_cpu(const Candidates& candidates, const Jumps& jumps, const T* posit
   std::vector<uint16_t> marks(static_cast<size_t>(words.back()));
   const auto marks_of = [&](int64_t i) { return marks.data() + words[static_cast<size_t>(i)]; };
 
-  parallel_blocks(num_rows, block, work, [&](int64_t begin, int64_t end) {
+  parallel_rows(num_rows, work, [&](int64_t begin, int64_t end) {
     std::vector<T> d2;
     std::vector<int32_t> scratch;
     for (int64_t i = begin; i < end; ++i) {
@@ -215,7 +214,7 @@ void select_cpu(const Candidates& candidates, const Jumps& jumps, const T* posit
   });
   for (size_t i = 0; i < static_cast<size_t>(num_rows); ++i) first[i + 1] += first[i];
   const PairOutput<T> out = allocate(first.back());
-  parallel_blocks(num_rows, block, work, [&](int64_t begin, int64_t end) {
+  parallel_rows(num_rows, work, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> chosen, scratch;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = first[static_cast<size_t>(i)], count = first[static_cast<size_t>(i) + 1] - at;

@@ -330,7 +330,7 @@ template <typename T, typename MakeSink>
 void traverse(const Search<T>& search, int64_t pairs, Budget& budget, const MakeSink& make_sink) {
   const int64_t n = search.in.num_atoms;
   const double work = work_of(search, pairs);
-  parallel_blocks(n, block_of_rows(n, work), work, [&](int64_t begin, int64_t end) {
+  parallel_rows(n, work, [&](int64_t begin, int64_t end) {
     const SortedAtoms<T>& atoms = search.list.atoms();
     auto sink = make_sink();
     Tile<T> tile;

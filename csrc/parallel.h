@@ -1,5 +1,5 @@
 // Work over torch's intra-op threads (torch.set_num_threads is respected). Every parallel region of the CPU
-// backend goes through `parallel_blocks`.
+// backend goes through `parallel_blocks` or `parallel_rows`.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -53,20 +53,14 @@ inline int64_t threads_for(double work) {
   return alone ? 1 : num_threads();
 }
 
-// Rows a block: few enough that all threads have some to the end. What rows share is done once a block, so one
-// thread takes many at once.
-constexpr int64_t kFewestRows = 16, kMostRows = 512;
-inline int64_t block_of_rows(int64_t num_rows, double work) {
-  const int64_t threads = threads_for(work);
-  return threads == 1 ? kMostRows : std::clamp(num_rows / (8 * threads), kFewestRows, kMostRows);
-}
-
 // Calls f(first, last) on consecutive blocks of [0, size), handed to threads as they become free: rows are
 // uneven (a slab has empty regions). `work` is about how many nanoseconds one thread needs for all of them. Who
 // runs a block never shows in a result. f must not throw: an exception would lose its text on the way through
 // torch's C interface.
+//
+// `divisible`: threads would share the work if small regions were not in a pause.
 template <typename F>
-inline void parallel_blocks(int64_t size, int64_t block, double work, const F& f) {
+inline void parallel_region(int64_t size, int64_t block, bool divisible, double work, const F& f) {
   const int64_t num_blocks = ceil_div(size, block);
   std::atomic<int64_t> next{0};
   const auto take_blocks = [&](int64_t, int64_t) {
@@ -74,8 +68,6 @@ inline void parallel_blocks(int64_t size, int64_t block, double work, const F& f
   };
   const int64_t threads = std::min(threads_for(work), num_blocks);
   if (threads <= 1) {
-    // Rows that make one block in a pause would make several after it.
-    const bool divisible = num_blocks > 1 || (block == kMostRows && size > kFewestRows);
     if (divisible && is_small(work)) small_regions.ran_alone();
     take_blocks(0, 1);
     return;
@@ -85,6 +77,21 @@ inline void parallel_blocks(int64_t size, int64_t block, double work, const F& f
   torch::stable::parallel_for(0, threads, 1, take_blocks);
   const std::chrono::duration<double, std::nano> took = Clock::now() - begin;
   if (is_small(work)) small_regions.ran_on_threads(took.count() > work + kLate);
+}
+
+template <typename F>
+inline void parallel_blocks(int64_t size, int64_t block, double work, const F& f) {
+  parallel_region(size, block, size > block, work, f);
+}
+
+// The same over rows, in blocks of a size that suits the threads: all of them have some to the end. What rows
+// share is done once a block, so one thread takes many at once, in a pause too.
+template <typename F>
+inline void parallel_rows(int64_t num_rows, double work, const F& f) {
+  constexpr int64_t fewest = 16, most = 512;
+  const int64_t threads = threads_for(work);
+  const int64_t block = threads == 1 ? most : std::clamp(num_rows / (8 * threads), fewest, most);
+  parallel_region(num_rows, block, num_rows > fewest, work, f);
 }
 
 }  // namespace diffnl

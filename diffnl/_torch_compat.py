@@ -61,13 +61,10 @@ current_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream", 
 
 
 def _public_assert(condition: Tensor, message: str) -> None:
-    """Waits for a GPU. Where values may not be looked at (fakes, compiled code, a graph that is captured)
-    nothing is checked."""
-    if torch.compiler.is_compiling() or condition.is_meta or dispatch_mode_active():
-        return
-    if condition.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    if not condition:
+    """Waits for a GPU. Where values may not be looked at nothing is checked."""
+    from ._validate import has_values  # which imports this module
+
+    if has_values(condition) and not condition:
         raise RuntimeError(message)
 
 

@@ -214,7 +214,7 @@ def _volumes(cell: Tensor) -> tuple[Tensor, Tensor]:
     # Without derivatives: that of the length of a row of zeros is NaN.
     lengths = cell.detach().double().square().sum(-1).sqrt().prod(-1)[..., None, None]
     rounding = 16.0 * torch.finfo(torch.float32).eps if cell.dtype is torch.float32 else 1e-12
-    return volume, volume.detach() > rounding * lengths
+    return volume, volume > rounding * lengths
 
 
 def _per_volume(values: Tensor, cell: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ int main(int, char** arguments) {
     const int before = regions_on_threads;
     int64_t seen = 0;
     const auto count = [&](int64_t first, int64_t last) { seen += last - first; };
-    diffnl::parallel_blocks(rows, diffnl::block_of_rows(rows, work), work, count);
+    diffnl::parallel_rows(rows, work, count);
     if (seen != rows) return 1;
     std::putchar(regions_on_threads > before ? '2' : '1');
   }

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import _validate
-from .._validate import INTEGERS, has_values
 
 
 def shown(value) -> str:
@@ -78,14 +77,14 @@ def integers(name: str, value) -> Tensor:
     """A tensor of any integer dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor; got {shown(value)}")
-    if value.dtype not in INTEGERS:
+    if value.dtype not in _validate.INTEGERS:
         raise TypeError(f"`{name}` must have an integer dtype; got {value.dtype}")
     return value
 
 
 def may_look(t: Tensor) -> bool:
     """Whether values can be checked: there are some yet, and no device is waited for."""
-    return t.device.type == "cpu" and has_values(t)
+    return t.device.type == "cpu" and _validate.has_values(t)
 
 
 def whole(name: str, value: Tensor) -> tuple[Tensor, Tensor | None]:
