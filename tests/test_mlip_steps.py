@@ -21,6 +21,7 @@ from diffnl.stress import to_voigt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import train_mlip  # noqa: E402
+from alloys import CPU, labelled  # noqa: E402
 from mlip.calculator import build_potential  # noqa: E402
 from mlip.data import atoms_from_frame, collate, frame_from_atoms, make_copper, split  # noqa: E402
 from mlip.graphs import Predictor, Room, cut  # noqa: E402
@@ -28,7 +29,7 @@ from mlip.labels import find_orders, reorder  # noqa: E402
 from mlip.model import ModelConfig  # noqa: E402
 from mlip.sums import PairSums  # noqa: E402
 from mlip.training import Scales, Settings, Trainer, fit_config, predict  # noqa: E402
-from test_train_mlip import CPU, SMALL, labelled  # noqa: E402
+from test_train_mlip import SMALL  # noqa: E402
 
 
 def potential(dtype=torch.float64):
